@@ -1,0 +1,1397 @@
+"""What the five methods share: tasks, data, model, metric, and the run around their loops.
+
+The border: if two papers could disagree about it, it is in the method file. In reading order:
+
+    tasks       "15-1" and a number of classes -> steps
+    data        VOC 2012, ADE20K, MSRC-v2, shapes; the images of a step, its labels, the transform
+    model       DeepLabV3 with one 1x1 classifier per step
+    metric      confusion matrix, IoU, the averages of the published tables
+    run         checkpoints, resume, log, evaluation, pictures, report
+    flags       the command line; --check-data and --download
+"""
+
+from __future__ import annotations
+
+import argparse
+import colorsys
+import csv
+import functools
+import hashlib
+import itertools
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.models.segmentation.deeplabv3 import ASPP
+
+BACKGROUND = 0
+IGNORE = 255
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0 ... 1
+STD = (0.229, 0.224, 0.225)
+HERE = Path(__file__).resolve().parent
+WINDOW = 10  # iterations per row of train.csv: the losses are read from the device once per window
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used. The message is all that the user gets to see."""
+
+
+# ---------------------------------------------------------------------------------------- tasks
+
+
+class Step(NamedTuple):
+    """One step of a task. Class ids are positions in the class order, 1 ... K; 0 is background."""
+
+    index: int
+    first: int  # the first class that is new in this step
+    last: int  # the last one
+
+    @property
+    def old(self) -> range:
+        return range(1, self.first)
+
+    @property
+    def new(self) -> range:
+        return range(self.first, self.last + 1)
+
+    @property
+    def channels(self) -> int:
+        """The model's channels after this step: background, old and new classes."""
+        return self.last + 1
+
+
+def task_steps(task: str, classes: int) -> list[Step]:
+    """`A-B`: A classes, then B at a time, the last step takes what is left. `offline`: all in one.
+
+    InputError: another form, or no class left for a second step
+    """
+    if task == "offline":
+        return [Step(0, 1, classes)]
+    match = re.fullmatch("([0-9]+)-([0-9]+)", task)
+    base, each = map(int, match.groups()) if match else (0, 0)
+    if not (0 < base < classes and each > 0):
+        raise InputError(
+            f"--task {task}: expected A-B, A classes in the first step (here 1 to {classes - 1}), "
+            f"then B at a time, such as 15-1; or offline for all {classes} classes in one step"
+        )
+    later = range(base + 1, classes + 1, each)
+    return [
+        Step(0, 1, base),
+        *(Step(i, c, min(c + each - 1, classes)) for i, c in enumerate(later, 1)),
+    ]
+
+
+def class_order(file: str | None, names: Sequence[str]) -> list[int]:
+    """The data set's ids (1 ... K) in the order in which they are learned.
+
+    file    text, a class name or id per line, every class once; None = the data set's own order
+    """
+    ids = list(range(1, len(names) + 1))
+    if file is None:
+        return ids
+    known = {name: i for i, name in enumerate(names, 1)} | {str(i): i for i in ids}
+    lines = read_lines(file, "--class-order")
+    if unknown := [line for line in lines if line not in known]:
+        raise InputError(
+            f"--class-order {file}: no class is called {unknown[0]!r}; there are {', '.join(names)}"
+        )
+    order = [known[line] for line in lines]
+    if sorted(order) != ids:
+        missing = [names[i - 1] for i in ids if i not in order]
+        twice = [names[i - 1] for i, n in Counter(order).items() if n > 1]
+        raise InputError(
+            f"--class-order {file}: every class once, please; missing {missing}, repeated {twice}"
+        )
+    return order
+
+
+# ----------------------------------------------------------------------------------------- data
+
+
+class Source(NamedTuple):
+    """A data set. A sample is (picture, mask): two paths, or twice a drawn picture's number."""
+
+    names: list[str]  # of the ids 1 ... K
+    palette: list[tuple[int, int, int]]  # of the ids 0 ... K
+    train: list[tuple]
+    test: list[tuple]
+    where: str
+
+
+FOLDERS = {  # the release's folder, and what must lie in it
+    "voc": ("VOCdevkit/VOC2012", "SegmentationClassAug"),
+    "ade": ("ADEChallengeData2016", "annotations"),
+    "msrc": ("MSRC_ObjCategImageDatabase_v2", "GroundTruth"),
+}
+DATASETS = (*FOLDERS, "shapes")
+
+
+def read_table(name: str) -> list[dict[str, str]]:
+    """The rows of data/NAME.csv."""
+    with open(HERE / "data" / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def read_lines(path: str | Path, what: str) -> list[str]:
+    """The lines of a text file, stripped, without empty ones."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} {path}: cannot be read as text ({error})") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def read_names(path: Path) -> list[str]:
+    """Names without folder and ending, from lines `x` or `/JPEGImages/x.jpg /Masks/x.png`."""
+    return [Path(line.split()[-1]).stem for line in read_lines(path, "list")]
+
+
+def open_source(dataset: str, data: str, held_out: float = 0.0) -> Source:
+    """Lists a data set's training and test samples; opens no picture.
+
+    data        the folder in which the release was unpacked, or the release's own folder
+    held_out    this fraction of the training samples becomes the test list: for tuning, since the
+                papers' test images are the official validation images
+    InputError  no such folder or list; the message names the places that were tried
+    """
+    rows = read_table(dataset)
+    palette = [(0, 0, 0), *((int(r["red"]), int(r["green"]), int(r["blue"])) for r in rows)]
+    if dataset == "shapes":
+        root, train = Path("drawn"), [(i, i) for i in range(SHAPES_TRAIN)]
+        test = [(i, i) for i in range(-SHAPES_TEST, 0)]
+    else:
+        folder, needed = FOLDERS[dataset]
+        tried = [Path(data) / folder, Path(data) / Path(folder).name, Path(data)]
+        root = next((path for path in tried if (path / needed).is_dir()), None)
+        if root is None:
+            raise InputError(
+                f"--dataset {dataset}: no {needed} in any of\n"
+                + "".join(f"    {path}\n" for path in tried)
+                + how_to_get(dataset)
+                + "To see the method run first, without any data:\n"
+                + f"    python {Path(sys.argv[0]).name} --task 15-1 --dataset shapes"
+            )
+        read = {"voc": voc_samples, "ade": ade_samples, "msrc": msrc_samples}[dataset]
+        train, test = read(root)
+    if held_out:
+        out = [int((i + 1) * held_out) > int(i * held_out) for i in range(len(train))]
+        test = [s for s, is_out in zip(train, out, strict=True) if is_out]
+        train = [s for s, is_out in zip(train, out, strict=True) if not is_out]
+    if not train or not test:
+        raise InputError(
+            f"--dataset {dataset}: {root} lists no {'test' if train else 'training'} image"
+        )
+    return Source([row["name"] for row in rows], palette, train, test, str(root))
+
+
+def how_to_get(dataset: str) -> str:
+    """The data set's section of data/README.md."""
+    text = (HERE / "data" / "README.md").read_text(encoding="utf-8")
+    return text.split(f"--dataset {dataset}`\n")[1].split("\n## ")[0].strip() + "\n"
+
+
+def voc_samples(root: Path) -> tuple[list, list]:
+    masks, lists = root / "SegmentationClassAug", root / "ImageSets" / "Segmentation"
+    test = read_names(lists / "val.txt")
+    if (lists / "train_aug.txt").exists():
+        train = read_names(lists / "train_aug.txt")
+    else:
+        train = sorted({path.stem for path in masks.glob("*.png")} - set(test))
+    return tuple(
+        [(root / "JPEGImages" / f"{name}.jpg", masks / f"{name}.png") for name in names]
+        for names in (train, test)
+    )
+
+
+def ade_samples(root: Path) -> tuple[list, list]:
+    return tuple(
+        [
+            (root / "images" / part / f"{mask.stem}.jpg", mask)
+            for mask in sorted((root / "annotations" / part).glob("*.png"))
+        ]
+        for part in ("training", "validation")
+    )
+
+
+def msrc_samples(root: Path) -> tuple[list, list]:
+    """Trains on Train and Validation together (335 images), tests on Test (256)."""
+    pictures = {path.stem: path for path in (root / "Images").glob("*_s.*")}
+    train, validation, test = (
+        [
+            (pictures.get(n, root / "Images" / f"{n}.bmp"), root / "GroundTruth" / f"{n}_GT.bmp")
+            for n in read_names(root / f"{part}.txt")
+        ]
+        for part in ("Train", "Validation", "Test")
+    )
+    return train + validation, test
+
+
+SHAPES_TRAIN, SHAPES_TEST, SHAPES_SIZE = 800, 200, 72  # pictures, pictures, pixels
+
+
+@functools.cache
+def draw(number: int) -> tuple[Image.Image, Image.Image]:
+    """A picture of `shapes`, and its mask: one to four objects on a rough grey ground.
+
+    Class k = 1 ... 20 has the k-th of 20 hues and one of four outlines.
+    """
+    rng, size = np.random.default_rng((20, abs(number), number < 0)), SHAPES_SIZE
+    ground = Image.fromarray(rng.integers(40, 216, (9, 9), np.uint8))
+    ground = np.asarray(ground.resize((size, size), Image.Resampling.BICUBIC))
+    ground = np.clip(ground + rng.normal(0, 24, (size, size)), 0, 255).astype(np.uint8)
+    picture = Image.fromarray(ground).convert("RGB")
+    mask = Image.new("L", (size, size), BACKGROUND)
+    for label in rng.choice(20, size=rng.integers(1, 5), replace=False).tolist():
+        radius, angle = rng.uniform(13, 23), rng.uniform(0, 2 * math.pi)
+        centre = complex(*rng.uniform(radius / 2, size - radius / 2, 2))
+        points = centre + radius * np.exp(1j * angle) * outline(label + 1)
+        corners = list(zip(points.real, points.imag, strict=True))
+        hue, saturation, value = rng.uniform((-0.01, 0.7, 0.75), (0.01, 1, 1))
+        colour = colorsys.hsv_to_rgb((label / 20 + hue) % 1, saturation, value)
+        ImageDraw.Draw(picture).polygon(corners, fill=tuple(int(255 * c) for c in colour))
+        ImageDraw.Draw(mask).polygon(corners, fill=label + 1)
+    noisy = np.asarray(picture) + rng.normal(0, 12, (size, size, 3))
+    return Image.fromarray(np.clip(noisy, 0, 255).astype(np.uint8)), mask
+
+
+def outline(label: int) -> np.ndarray:
+    """The corners of a disc, square, oval or star: complex numbers, about 1 away from 0."""
+    corners = (24, 4, 24, 10)[label % 4]
+    circle = np.exp(2j * np.pi * np.arange(corners) / corners)
+    star = np.where(np.arange(corners) % 2, 0.8, 1.2) * circle
+    return (circle, 1.1 * circle, 1.25 * circle.real + 0.75j * circle.imag, star)[label % 4]
+
+
+def open_image(path: Path, what: str) -> Image.Image:
+    """InputError: there is no such file, or it is not a picture."""
+    try:
+        image = Image.open(path)
+        image.load()
+        return image
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such {what}; --check-data lists all that miss") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: not a readable {what} ({error})") from None
+
+
+def read_picture(path: Path | int) -> Image.Image:
+    return draw(path)[0] if isinstance(path, int) else open_image(path, "picture").convert("RGB")
+
+
+def read_mask(path: Path | int) -> Image.Image:
+    """One byte per pixel: the data set's own ids, 255 = void. MSRC-v2's colours become ids here."""
+    if isinstance(path, int):
+        return draw(path)[1]
+    mask = open_image(path, "mask")
+    if mask.mode == "RGB" and path.suffix == ".bmp":
+        red, green, blue = np.moveaxis(np.asarray(mask, np.int32), 2, 0)
+        return Image.fromarray(msrc_colours()[red << 16 | green << 8 | blue])
+    if mask.mode not in ("L", "P"):
+        raise InputError(
+            f"{path}: a mask has one class number per pixel, this has mode {mask.mode}"
+        )
+    return mask
+
+
+@functools.cache
+def msrc_colours() -> np.ndarray:
+    """uint8 [2^24]: packed RGB -> id; all that is not one of the 21 classes is void."""
+    table = np.full(1 << 24, IGNORE, np.uint8)
+    for row in read_table("msrc"):
+        table[int(row["red"]) << 16 | int(row["green"]) << 8 | int(row["blue"])] = int(row["id"])
+    return table
+
+
+def class_sets(masks: Sequence[Path | int], classes: int) -> list[list[int]]:
+    """The ids in each mask, without background and void.
+
+    Read once per folder and kept in the user's cache, where a file's time and size tell changes.
+    """
+
+    def read(mask: Path | int) -> list[int]:
+        found = [i for i, n in enumerate(read_mask(mask).histogram()[:IGNORE]) if n and i]
+        if found and found[-1] > classes:
+            raise InputError(f"{mask}: class number {found[-1]}, but there are only {classes}")
+        return found
+
+    if isinstance(masks[0], int):
+        return list(map(read, masks))
+    folder = masks[0].parent.resolve()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ciss"
+    cache /= f"classes-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
+    stamps = {f.name: [f.stat().st_mtime_ns, f.stat().st_size] for f in os.scandir(folder)}
+    try:
+        known = json.loads(cache.read_text())
+        known = {name: entry for name, entry in known.items() if entry[0] == stamps.get(name)}
+    except (OSError, ValueError, AttributeError, LookupError, TypeError):
+        known = {}  # none yet, or not ours
+    if unknown := sorted({mask for mask in masks if mask.name not in known}):
+        print(f"reading {len(unknown)} masks in {folder}, once", flush=True)
+        with ThreadPoolExecutor() as pool:
+            for mask, ids in zip(unknown, pool.map(read, unknown), strict=True):
+                known[mask.name] = [stamps.get(mask.name), ids]
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json(cache, known)
+        except OSError:
+            pass  # nowhere to keep it: the next run reads the masks again
+    return [known[mask.name][1] for mask in masks]
+
+
+def images_of_step(sets: Sequence[Sequence[int]], step: Step, setting: str) -> list[int]:
+    """Indices of a step's training images, from the class ids of each image.
+
+    overlapped: at least one new class. disjoint, sequential: and no class of a later step.
+    """
+    images = [i for i, ids in enumerate(sets) if any(c in step.new for c in ids)]
+    return images if setting == "overlapped" else [i for i in images if max(sets[i]) <= step.last]
+
+
+def test_images(sets: Sequence[Sequence[int]], step: Step) -> list[int]:
+    """Indices of the test images that show at least one class seen so far."""
+    return [i for i, ids in enumerate(sets) if any(c <= step.last for c in ids)]
+
+
+def train_labels(order: Sequence[int], step: Step, setting: str, void: str) -> np.ndarray:
+    """uint8 [256]: the data set's ids -> training labels. Hidden classes become background.
+
+    setting     new classes are shown; in "sequential" old ones too
+    void        what 255 becomes: "ignore" (it stays) or "background"
+    """
+    table = np.full(256, IGNORE, np.uint8)
+    table[BACKGROUND] = BACKGROUND
+    for c, raw in enumerate(order, 1):
+        shown = c in step.new or (setting == "sequential" and c in step.old)
+        table[raw] = c if shown else BACKGROUND
+    table[IGNORE] = BACKGROUND if void == "background" else IGNORE
+    return table
+
+
+def test_labels(order: Sequence[int], step: Step, unseen: str, other: str) -> np.ndarray:
+    """uint8 [256]: the data set's ids -> test labels. Every class seen so far keeps its id.
+
+    unseen      what classes of later steps become: "background" or "ignore"
+    other       what the data set's own 0 becomes, ADE20K's "other": "background" or "ignore"
+    """
+    value = {"background": BACKGROUND, "ignore": IGNORE}
+    table = np.full(256, IGNORE, np.uint8)
+    table[BACKGROUND] = value[other]
+    for c, raw in enumerate(order, 1):
+        table[raw] = c if c <= step.last else value[unseen]
+    return table
+
+
+def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    """The published crop: area 0.5-2.0 of the image, ratio 3/4-4/3; (left, top, right, bottom).
+
+    A draw larger than the image is rejected; after ten, the largest centre crop of such a ratio.
+    """
+    for _ in range(10):
+        area = width * height * rng.uniform(0.5, 2.0)
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = rng.integers((width - w + 1, height - h + 1)).tolist()
+            return left, top, left + w, top + h
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def train_view(picture: Image.Image, mask: Image.Image, crop: int, rng) -> tuple:
+    """The random crop, resized to crop x crop, flipped with probability 1/2."""
+    box = crop_box(*picture.size, rng)
+    # cropped first: a resize with box would let pixels from outside into the picture's border
+    picture = picture.crop(box).resize((crop, crop), Image.Resampling.BILINEAR)
+    mask = mask.resize((crop, crop), Image.Resampling.NEAREST, box)
+    if rng.random() < 0.5:
+        flip = Image.Transpose.FLIP_LEFT_RIGHT
+        picture, mask = picture.transpose(flip), mask.transpose(flip)
+    return picture, mask
+
+
+def test_view(picture: Image.Image, mask: Image.Image, crop: int) -> tuple:
+    """Shorter side to `crop`, then centre crop, of picture and mask, in one resize call each."""
+    width, height = picture.size
+    w, h = (crop * side // min(width, height) for side in picture.size)
+    left, top = round((w - crop) / 2), round((h - crop) / 2)
+    x, y = width / w, height / h
+    box = (left * x, top * y, min((left + crop) * x, width), min((top + crop) * y, height))
+    picture = picture.resize((crop, crop), Image.Resampling.BILINEAR, box)
+    return picture, mask.resize((crop, crop), Image.Resampling.NEAREST, box)
+
+
+class View(torch.utils.data.Dataset):
+    """Pictures and labels, uint8 tensors [crop, crop, 3] and [crop, crop]; keys: (epoch, index).
+
+    labels      uint8 [256], the data set's ids -> labels
+    seed        (run's seed, step): random training views, each drawn from (seed, step, epoch,
+                index) alone, whatever the workers and interruptions; None: the test view
+    """
+
+    def __init__(self, samples: Sequence[tuple], labels: np.ndarray, crop: int, seed=None):
+        self.samples, self.labels, self.crop, self.seed = samples, labels, crop, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        epoch, index = key
+        picture, mask = read_picture(self.samples[index][0]), read_mask(self.samples[index][1])
+        if picture.size != mask.size:
+            raise InputError(
+                f"{self.samples[index][1]}: {mask.size} pixels, its picture has {picture.size}"
+            )
+        if self.seed is None:
+            picture, mask = test_view(picture, mask, self.crop)
+        else:
+            rng = np.random.default_rng((*self.seed, epoch, index))
+            picture, mask = train_view(picture, mask, self.crop, rng)
+        return torch.from_numpy(np.array(picture)), torch.from_numpy(self.labels[np.asarray(mask)])
+
+
+def epoch_keys(indices: Sequence[int], batch: int, seed: tuple, start: int, stop: int) -> Iterator:
+    """The keys of iterations start ... stop - 1: epochs in random order, full batches only."""
+    per_epoch, epoch = max(1, len(indices) // batch), None
+    for iteration in range(start, stop):
+        if iteration // per_epoch != epoch:
+            epoch = iteration // per_epoch
+            order = np.random.default_rng((*seed, epoch)).permutation(indices).tolist()
+        at = iteration % per_epoch * batch
+        yield [(epoch, index) for index in order[at : at + batch]]
+
+
+# ---------------------------------------------------------------------------------------- model
+
+
+class SmallResNet(ResNet):
+    """torchvision's ResNet, one block and 16, 32, 64, 128 channels per stage: trunk of `shapes`."""
+
+    def __init__(self) -> None:
+        super().__init__(BasicBlock, [1, 1, 1, 1])
+        self.inplanes = 16
+        self.conv1 = nn.Conv2d(3, 16, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        for i, stride in enumerate((1, 2, 2, 2)):
+            setattr(self, f"layer{i + 1}", self._make_layer(BasicBlock, 16 << i, 1, stride))
+
+
+BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "small")
+MOBILENET_STAGES = (4, 7, 14, 18)  # ends of the stages of stride 4, 8, 16, 32 in its feature blocks
+
+
+def before_relu(block: nn.Module, x: Tensor) -> Tensor:
+    """A torchvision residual block without its last ReLU."""
+    shortcut = block.downsample(x) if block.downsample else x
+    x = block.bn2(block.conv2(block.relu(block.bn1(block.conv1(x)))))
+    if isinstance(block, Bottleneck):
+        x = block.bn3(block.conv3(block.relu(x)))
+    return x + shortcut
+
+
+def dilate(stage: nn.Module, rate: int) -> None:
+    """Takes a stage's stride out and widens its 3x3 convolutions to `rate`, the strided to half."""
+    for conv in stage.modules():
+        if isinstance(conv, nn.Conv2d):
+            strided, conv.stride = conv.stride != (1, 1), (1, 1)
+            if conv.kernel_size == (3, 3):
+                conv.dilation = conv.padding = (rate // 2 if strided else rate,) * 2
+
+
+class DeepLabV3(nn.Module):
+    """DeepLabV3 (Chen et al., arXiv 1706.05587) from torchvision's parts, a classifier per step.
+
+    backbone        one of BACKBONES
+    output_stride   8 or 16
+    classes         number of new classes of each step so far, such as [15, 1]
+    dropout         probability behind the ASPP (torchvision: 0.5)
+    bf16            runs the network under autocast; what comes out as logits is float32
+    classifiers     1x1 convolutions: [0] background, one channel; [1] the first step's classes; ...
+    """
+
+    def __init__(self, backbone, output_stride, classes, dropout=0.1, bf16=False) -> None:
+        super().__init__()
+        self.bf16 = bf16
+        width, rates = 256, {16: (6, 12, 18), 8: (12, 24, 36)}[output_stride]
+        if backbone == "small":
+            trunk, width, rates = SmallResNet(), 64, (1, 2, 3)  # for crops of 64 pixels
+        else:
+            trunk = torchvision.models.get_model(backbone, weights=None)
+        if backbone == "mobilenet_v2":
+            blocks, channels = trunk.features[:18], 320
+            trunk = nn.ModuleDict({"features": blocks})
+            ends = (0, *MOBILENET_STAGES)
+            stages = [blocks[a:b] for a, b in itertools.pairwise(ends)]
+        else:
+            channels = trunk.inplanes  # torchvision counts them while it builds the stages
+            del trunk.avgpool, trunk.fc
+            stages = [trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4]
+        if output_stride == 8:
+            dilate(stages[2], 2)
+        dilate(stages[3], 32 // output_stride)
+        self.trunk = trunk
+        self.aspp = ASPP(channels, rates, width)
+        self.aspp.project[3].p = dropout
+        conv = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.head = nn.Sequential(conv, nn.BatchNorm2d(width), nn.ReLU())
+        self.classifiers = nn.ModuleList(nn.Conv2d(width, n, 1) for n in (1, *classes))
+
+    def stages(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Stages 1-4, and the same before their last ReLU (MobileNetV2 has none there)."""
+        after, before = [], []
+        if isinstance(self.trunk, nn.ModuleDict):
+            for i, block in enumerate(self.trunk["features"], 1):
+                x = block(x)
+                if i in MOBILENET_STAGES:
+                    after.append(x)
+            return after, after
+        trunk = self.trunk
+        x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x))))
+        for stage in (trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4):
+            before.append(before_relu(stage[-1], stage[:-1](x)))
+            x = F.relu(before[-1])
+            after.append(x)
+        return after, before
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict]:
+        """
+        images      float [B, 3, H, W], normalised
+        returns     logits float32 [B, C, H, W], bilinearly upsampled, channel = class id; features:
+                    "stages", "before_relu" (4 maps each), "branches" (5 ASPP maps), "head"
+                    [B, D, h, w] (the classifiers' input), "logits" [B, C, h, w]
+        """
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            after, before = self.stages(images)
+            branches = [branch(after[-1]) for branch in self.aspp.convs]
+            head = self.head(self.aspp.project(torch.cat(branches, 1)))
+            small = torch.cat([classifier(head) for classifier in self.classifiers], 1)
+        small = small.float().contiguous()  # not channels last: losses take slices of channels
+        logits = F.interpolate(small, images.shape[2:], mode="bilinear", align_corners=False)
+        maps = {"stages": after, "before_relu": before, "branches": branches}
+        return logits, maps | {"head": head, "logits": small}
+
+    def weight(self) -> Tensor:
+        """The classifiers' weights [C, D]; row = class id."""
+        return torch.cat([classifier.weight.flatten(1) for classifier in self.classifiers])
+
+
+def load_trunk(model: DeepLabV3, backbone: str, weights: str) -> str:
+    """Loads a trunk; says in one line what was loaded and what stays random.
+
+    weights     "imagenet" (torchvision's IMAGENET1K_V1, the papers' kind), "none", or a file with
+                a state dict in torchvision's names, which may cover the trunk in part
+    InputError  no network, no such file, or weights of another network
+    """
+    if weights == "none":
+        return "random"
+    if weights == "imagenet":
+        try:
+            kind = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
+            state = kind.get_state_dict(progress=True)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"--weights imagenet: not to be had for {backbone} ({error}). Give a file of "
+                "torchvision's weights (--weights FILE), or --weights none to start at random"
+            ) from None
+    else:
+        state = read_checkpoint(weights, "--weights")
+    target = model.trunk.state_dict()
+    fits = {k: v for k, v in state.items() if k in target and v.shape == target[k].shape}
+    wrong = [k for k in state if k in target and k not in fits]
+    if wrong or not fits:
+        reason = f"{wrong[0]} has another shape" if wrong else "none of its names is the trunk's"
+        raise InputError(f"--weights {weights}: not weights of {backbone} ({reason})")
+    model.trunk.load_state_dict(fits, strict=False)
+    missing = [k for k in target if k not in fits and not k.endswith("num_batches_tracked")]
+    return f"{len(fits)} tensors from {weights}; random stay: {', '.join(missing) or 'none'}"
+
+
+# --------------------------------------------------------------------------------------- metric
+
+
+def confusion_matrix(labels: Tensor, predicted: Tensor, channels: int) -> Tensor:
+    """int64 [C, C], rows = truth; pixels whose label is no channel (255) are left out."""
+    valid = labels < channels
+    pairs = labels[valid] * channels + predicted[valid]
+    return torch.bincount(pairs, minlength=channels**2).view(channels, channels)
+
+
+def iou_per_class(confusion: Tensor) -> Tensor:
+    """float64 [C], percent; NaN for a class without a pixel in the truth, so that means skip it."""
+    hit, truth, predicted = confusion.diag(), confusion.sum(1), confusion.sum(0)
+    return torch.where(truth > 0, 100 * hit.double() / (truth + predicted - hit), torch.nan)
+
+
+def averages(iou: Tensor, base: int, background: bool) -> dict[str, float]:
+    """base / new / all / harmonic, percent; base = classes 1 ... `base`, new = all later ones.
+
+    background      True: class 0 is part of base and all (PLOP, RCIL, SSUL, DKD)
+                    False: it is left out (MiB, UCD)
+    """
+    start = 0 if background else 1
+    old, new = iou[start : base + 1].nanmean().item(), iou[base + 1 :].nanmean().item()
+    harmonic = 2 * old * new / (old + new) if old + new else 0.0
+    return {"base": old, "new": new, "all": iou[start:].nanmean().item(), "harmonic": harmonic}
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """Class ids [B, H, W]: the channel with the largest logit, as all softmax methods predict."""
+    return logits.argmax(1)
+
+
+# ------------------------------------------------------------------------------------- pictures
+
+
+def overlay(picture: Image.Image, labels: np.ndarray, palette: Sequence[tuple]) -> Image.Image:
+    """The picture in grey under the classes' colours; background stays clear, 255 becomes white."""
+    colours = np.full((256, 3), 255, np.uint8)
+    colours[: len(palette)] = palette
+    grey = np.asarray(picture.convert("L"))[..., None]
+    mixed = np.where(labels[..., None] == BACKGROUND, grey, 0.35 * grey + 0.65 * colours[labels])
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def sheet(rows: Sequence, titles: Sequence[str], legend: Sequence[tuple]) -> Image.Image:
+    """Rows of pictures under column titles, and below them the legend: (name, colour) pairs."""
+    side, gap, line, column = 192, 6, 22, 148
+    per_line = len(titles) * (side + gap) // column
+    bottom = line + len(rows) * (side + gap)
+    height = bottom + -(-len(legend) // per_line) * line + gap
+    page = Image.new("RGB", (len(titles) * (side + gap) + gap, height), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+    for x, title in enumerate(titles):
+        pen.text((gap + x * (side + gap), 3), title, "black", font)
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            at = (gap + x * (side + gap), line + y * (side + gap))
+            page.paste(picture.resize((side, side)), at)
+    for i, (name, colour) in enumerate(legend):
+        x, y = gap + i % per_line * column, bottom + i // per_line * line
+        pen.rectangle((x, y + 3, x + 13, y + 16), fill=colour, outline="black")
+        pen.text((x + 19, y + 1), name, "black", font)
+    return page
+
+
+# ------------------------------------------------------------------------------------------ run
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """Writes beside the file, then renames: at any moment the old file or the new one is there."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(beside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_json(path: Path, content: object) -> None:
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def read_checkpoint(path: str | Path, what: str) -> dict:
+    """Tensors and plain values; a file that holds anything else is refused, no code in it runs."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise InputError(f"{what} {path}: no such file") from None
+    except Exception as error:  # damage can surface as anything
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise InputError(
+            f"{what} {path}: not a file of tensors and plain values ({reason})"
+        ) from None
+
+
+def poly(iteration: int, total: int, warmup: float = 0.0) -> float:
+    """Factor of the rate: (1 - i/total)^0.9; in the first `warmup` part also 0.001 rising to 1."""
+    progress = min(1.0, iteration / (warmup * total)) if warmup else 1.0
+    return (1 - iteration / total) ** 0.9 * (0.001 * (1 - progress) + progress)
+
+
+def per_step(values: Sequence, step: Step) -> float:
+    """Flags of the schedule hold one value, or two: for step 0, and for the later steps."""
+    return values[0] if step.index == 0 else values[-1]
+
+
+class Run:
+    """A run of a method over the steps of a task: all that is the same for every method.
+
+    for step in run.steps():                      # finished ones are skipped
+        old_model, model = run.models(step)
+        net = run.start(step, model, groups)      # optimiser; goes on inside an unfinished step
+        for images, labels in run.batches():
+            run.update(losses)
+        run.finish(model)                         # checkpoint, metrics, pictures
+
+    predict     logits [B, C, H, W] -> class ids [B, H, W]
+    published   the method's name in data/published.csv
+    """
+
+    def __init__(self, args: argparse.Namespace, predict: Callable, published: str) -> None:
+        self.args, self.predict, self.published = args, predict, published
+        self.device = torch.device(args.device)
+        names = [row["name"] for row in read_table(args.dataset)]
+        self.order = class_order(args.class_order, names)
+        self.names = ["background", *(names[raw - 1] for raw in self.order)]
+        self.plan = task_steps(args.task, len(names))
+        name = f"{args.method}-{args.dataset}-{args.task}-{args.setting}-s{args.seed}"
+        self.folder = Path(args.out) / (name + "-dry" * args.dry_run)
+        self.results: list[dict] = []
+
+    def steps(self) -> Iterator[Step]:
+        """The steps left to train, and the report after them. --eval and --predict leave none."""
+        if self.args.predict:
+            return self.predict_pictures()
+        self.open_data()
+        if self.args.eval:
+            return self.evaluate_again()
+        self.open_folder()
+        for step in self.plan[len(self.results) :]:
+            torch.manual_seed(1000 * self.args.seed + step.index)
+            if step.index == 0 and self.args.step0:
+                self.adopt_step0(step)
+            else:
+                yield step
+        self.log(self.table())
+        self.log(f"weights, metrics.json, train.csv and pictures/ are in {self.folder}")
+
+    def open_data(self) -> None:
+        args = self.args
+        self.source = open_source(args.dataset, args.data, args.held_out)
+        self.palette = [self.source.palette[raw] for raw in (BACKGROUND, *self.order)]
+        position = {raw: c for c, raw in enumerate(self.order, 1)}
+        self.sets, self.test_sets = (
+            [
+                [position[raw] for raw in ids]
+                for ids in class_sets([s[1] for s in samples], len(self.order))
+            ]
+            for samples in (self.source.train, self.source.test)
+        )
+        self.images = [images_of_step(self.sets, step, args.setting) for step in self.plan]
+        for step in self.plan:
+            shown = {c for i in self.images[step.index] for c in self.sets[i]}
+            if missing := [self.names[c] for c in step.new if c not in shown]:
+                raise InputError(
+                    f"step {step.index} of --task {args.task} --setting {args.setting} has no "
+                    f"image of {', '.join(missing)}: try another --setting, --task or --class-order"
+                )
+
+    def open_folder(self) -> None:
+        """Makes the run's folder, or takes up the run that lies there."""
+        args, config = self.args, self.folder / "config.json"
+        if args.dry_run:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        flags = {k: v for k, v in vars(args).items() if k not in ("eval", "predict")}
+        if config.exists():
+            there = json.loads(config.read_text())["flags"]
+            free = ("data", "out", "device", "workers", "save_every", "step0")
+            differ = [k for k in flags if k not in free and flags[k] != there.get(k)]
+            if differ:
+                listed = ", ".join(f"{k} {there.get(k)} there, {flags[k]} here" for k in differ)
+                raise InputError(f"{self.folder} holds another run ({listed}); give --out DIR")
+            if (self.folder / "metrics.json").exists():
+                self.results = json.loads((self.folder / "metrics.json").read_text())["steps"]
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        cuda = self.device.type == "cuda"
+        versions["device"] = torch.cuda.get_device_name(self.device) if cuda else "cpu"
+        try:
+            (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
+            write_json(config, {"flags": flags, "versions": versions, "commit": git_commit()})
+            shutil.copy(sys.argv[0], self.folder)
+        except OSError as error:
+            raise InputError(f"--out {args.out}: cannot be written to ({error.strerror})") from None
+        train, test = len(self.source.train), len(self.source.test)
+        counts = " ".join(str(len(images)) for images in self.images)
+        self.log(
+            f"run      {self.folder}" + f", {len(self.results)} steps done" * bool(self.results)
+        )
+        self.log(f"data     {self.source.where}: {train} training and {test} test images")
+        self.log(f"steps    {counts} training images")
+        self.log("flags    " + ", ".join(f"{k} {v}" for k, v in flags.items() if v is not None))
+        self.log("versions " + ", ".join(f"{k} {v}" for k, v in versions.items()))
+
+    def log(self, text: str) -> None:
+        """To the terminal and to log.txt."""
+        print(text, flush=True)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def build(self, step: Step) -> DeepLabV3:
+        """The network as it is in a step, with random weights."""
+        args, classes = self.args, [len(s.new) for s in self.plan[: step.index + 1]]
+        bf16 = args.precision == "bf16"
+        model = DeepLabV3(args.backbone, args.output_stride, classes, args.dropout, bf16)
+        for module in model.trunk.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = args.bn_momentum
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def load(self, step: Step) -> DeepLabV3:
+        """The finished model of a step, frozen."""
+        model = self.build(step)
+        model.load_state_dict(
+            read_checkpoint(self.folder / f"step_{step.index}.pt", "file")["model"]
+        )
+        return model.eval().requires_grad_(False)
+
+    def models(self, step: Step) -> tuple[DeepLabV3 | None, DeepLabV3]:
+        """The frozen model of the step before (None in step 0); its copy with a new classifier."""
+        model = self.build(step)
+        if step.index == 0:
+            self.log(f"trunk    {load_trunk(model, self.args.backbone, self.args.weights)}")
+            return None, model
+        old_model = self.load(self.plan[step.index - 1])
+        model.load_state_dict(old_model.state_dict(), strict=False)
+        return old_model, model
+
+    # the loop
+
+    def start(self, step: Step, model: DeepLabV3, groups: list[dict], extra=()) -> nn.Module:
+        """Begins a step, or goes on inside it; returns the network to call.
+
+        groups      parameter groups with lr and weight_decay: SGD, Nesterov momentum 0.9
+        extra       indices of further training images, such as a memory
+        """
+        args = self.args
+        self.step, self.model, self.window = step, model, []
+        self.indices = [*self.images[step.index], *extra]
+        self.total = max(1, len(self.indices) // args.batch) * per_step(args.epochs, step)
+        self.total = min(2, self.total) if args.dry_run else self.total
+        for group in groups:
+            group["params"] = [p for p in group["params"] if p.requires_grad]
+        fused = self.device.type == "cuda"
+        self.optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=fused)
+        self.rates = [group["lr"] for group in groups]
+        new = ", ".join(self.names[c] for c in step.new)
+        self.log(f"step {step.index} of 0-{len(self.plan) - 1}: learns {new}")
+        self.resume()
+        return model
+
+    def resume(self) -> None:
+        """Takes up last.pt if it belongs to this step, and the rows of train.csv up to there."""
+        path, table = self.folder / "last.pt", self.folder / "train.csv"
+        saved = read_checkpoint(path, "file") if path.exists() else {"step": None}
+        self.iteration, self.seconds = 0, 0.0
+        if saved["step"] == self.step.index:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            torch.set_rng_state(saved["rng"])
+            self.iteration, self.seconds = saved["iteration"], saved["seconds"]
+            self.log(f"  goes on at iteration {self.iteration} of {self.total}")
+        here = (self.step.index, self.iteration)
+        rows = csv.DictReader(table.read_text().splitlines()) if table.exists() else ()
+        self.rows = [r for r in rows if (int(r["step"]), int(r["iteration"])) <= here]
+        self.clock = self.shown = self.saved = time.monotonic()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The iterations left: images float [B, 3, H, W], normalised; labels int64 [B, H, W]."""
+        args, seed = self.args, (self.args.seed, self.step.index)
+        labels = train_labels(self.order, self.step, args.setting, args.void)
+        view = View(self.source.train, labels, args.crop, seed)
+        return self.read(
+            view, epoch_keys(self.indices, args.batch, seed, self.iteration, self.total)
+        )
+
+    def sweep(
+        self, samples: Sequence[tuple], labels: np.ndarray, indices: Sequence[int]
+    ) -> Iterator:
+        """Images and labels of the test views of some samples, each once, in order."""
+        keys = [(0, i) for i in indices]
+        batches = (keys[at : at + self.args.batch] for at in range(0, len(keys), self.args.batch))
+        return self.read(View(samples, labels, self.args.crop), batches)
+
+    def read(self, view: View, keys: Iterator[list]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches on the device. The workers live as long as the iterator: over all epochs."""
+        loader = torch.utils.data.DataLoader(
+            view,
+            batch_sampler=keys,
+            num_workers=self.args.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # not the global one: resuming must not change it
+        )
+        for pictures, labels in loader:
+            yield self.normalise(pictures), labels.to(self.device, non_blocking=True).long()
+
+    def normalise(self, pictures: Tensor) -> Tensor:
+        """uint8 [B, H, W, 3] -> float [B, 3, H, W] on the device, channels last in memory."""
+        mean, std = (255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEAN, STD))
+        return (pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2) - mean) / std
+
+    def update(self, losses: dict[str, Tensor]) -> None:
+        """An optimiser step on the sum of the losses, at the poly schedule's rate."""
+        factor = poly(self.iteration, self.total, self.args.warmup)
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        self.optimizer.step()
+        self.window.append(torch.stack([loss.detach() for loss in losses.values()]))
+        self.iteration += 1
+        if self.iteration % WINDOW == 0 or self.iteration == self.total:
+            self.end_window(list(losses), factor)
+
+    def end_window(self, names: list[str], factor: float) -> None:
+        """Reads the last losses from the device: finite? a row of train.csv, progress, last.pt."""
+        values, self.window = torch.stack(self.window).double().cpu(), []
+        for i, row in enumerate(values, self.iteration - len(values)):
+            if not row.isfinite().all():
+                parts = ", ".join(f"{n} {v:g}" for n, v in zip(names, row.tolist(), strict=True))
+                raise FloatingPointError(
+                    f"the loss is not finite in step {self.step.index}, iteration {i}: {parts}. "
+                    "The last checkpoint is from before it; try a lower --lr in another --out"
+                )
+        means = {n: f"{v:.5g}" for n, v in zip(names, values.mean(0).tolist(), strict=True)}
+        place = {"step": self.step.index, "iteration": self.iteration, "lr_factor": f"{factor:.6f}"}
+        self.rows.append(place | means)
+        now, done, terminal = time.monotonic(), self.iteration == self.total, sys.stdout.isatty()
+        if done or now - self.shown > (0.2 if terminal else 30):
+            self.shown = now
+            spent = self.seconds + now - self.clock
+            left = round(spent / self.iteration * (self.total - self.iteration))
+            text = f"  iteration {self.iteration}/{self.total}, {left // 60}:{left % 60:02} left, "
+            text += f"{self.iteration * self.args.batch / spent:.0f} images/s; "
+            text += ", ".join(f"{name} {value}" for name, value in means.items())
+            if terminal and not done:
+                print(
+                    "\r" + text[: shutil.get_terminal_size().columns - 1], end="\033[K", flush=True
+                )
+            else:
+                self.log("\r" * terminal + text)
+        if now - self.saved > self.args.save_every:
+            self.save()
+
+    def save(self) -> None:
+        """train.csv, and last.pt to go on from."""
+        now = time.monotonic()
+        self.seconds, self.clock, self.saved = self.seconds + now - self.clock, now, now
+        header = list(dict.fromkeys(key for row in self.rows for key in row))
+        lines = [header, *([str(row.get(key, "")) for key in header] for row in self.rows)]
+        text = "".join(",".join(line) + "\n" for line in lines)
+        write_atomically(self.folder / "train.csv", lambda file: file.write(text.encode()))
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"rng": torch.get_rng_state(), "step": self.step.index}
+        state |= {"iteration": self.iteration, "seconds": self.seconds}
+        write_atomically(self.folder / "last.pt", lambda file: torch.save(state, file))
+
+    # after the loop
+
+    def finish(self, model: DeepLabV3) -> None:
+        """Ends a step. It counts as done once metrics.json holds it; until then last.pt stays."""
+        self.save()
+        images = self.total * min(self.args.batch, len(self.indices))
+        timing = {"images_per_second": images / self.seconds, "minutes": self.seconds / 60}
+        if self.device.type == "cuda":
+            timing["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        self.conclude(self.step, model, timing)
+        (self.folder / "last.pt").unlink()
+
+    def conclude(self, step: Step, model: DeepLabV3, timing: dict) -> None:
+        """Evaluation, pictures, step_K.pt, metrics.json."""
+        model.eval()
+        result = self.evaluate(step, model, timing)
+        self.draw_predictions(step, model)
+        content = {
+            "model": model.state_dict(),
+            "step": step.index,
+            "classes": [[self.names[c] for c in s.new] for s in self.plan[: step.index + 1]],
+            "flags": vars(self.args),
+        }
+        write_atomically(
+            self.folder / f"step_{step.index}.pt", lambda file: torch.save(content, file)
+        )
+        self.results.append(result)
+        write_json(self.folder / "metrics.json", {"average": self.average(), "steps": self.results})
+
+    @torch.no_grad()
+    def evaluate(self, step: Step, model: DeepLabV3, timing: dict) -> dict:
+        """One step's entry of metrics.json, in percent, on test images with a class seen so far."""
+        args, begun, channels = self.args, time.monotonic(), step.channels
+        images = test_images(self.test_sets, step)
+        table = test_labels(self.order, step, args.unseen, args.other)
+        confusion = torch.zeros(channels, channels, dtype=torch.int64, device=self.device)
+        for pictures, labels in self.sweep(self.source.test, table, images):
+            confusion += confusion_matrix(labels, self.predict(model(pictures)[0]), channels)
+        confusion = confusion.cpu()
+        iou, hit = iou_per_class(confusion), 100 * confusion.diag()
+        if args.dataset == "msrc":
+            iou[BACKGROUND] = torch.nan  # it has no background
+        result = {
+            "step": step.index,
+            "with_background": averages(iou, self.plan[0].last, True),
+            "without_background": averages(iou, self.plan[0].last, False),
+            "pixel_accuracy": (hit.sum() / confusion.sum()).item(),
+            "mean_class_accuracy": (hit / confusion.sum(1)).nanmean().item(),
+            "iou": dict(zip(self.names, iou.tolist(), strict=False)),
+            "confusion": confusion.tolist(),
+            "training_images": len(self.images[step.index]),
+            "test_images": len(images),
+            "timing": timing | {"evaluation_minutes": (time.monotonic() - begun) / 60},
+        }
+        result = without_nan(result)
+        shown = [f"{k} {v:.2f}" for k, v in result["with_background"].items() if v is not None]
+        print(
+            f"  step {step.index}, {len(images)} test images: mIoU {', '.join(shown)}", flush=True
+        )
+        return result
+
+    @torch.no_grad()
+    def draw_predictions(self, step: Step, model: DeepLabV3) -> None:
+        """pictures/step_K.png: up to six test pictures with classes from all over the task."""
+        chosen: list[int] = []
+        for c in np.linspace(1, len(self.order), 6).round():
+            fitting = (i for i, ids in enumerate(self.test_sets) if c in ids and i not in chosen)
+            chosen += list(fitting)[:1]
+        truth = test_labels(self.order, self.plan[-1], "ignore", "background")
+        view, rows, shown = View(self.source.test, truth, self.args.crop), [], set()
+        for i in chosen:
+            pixels, labels = view[0, i]
+            maps = labels.numpy(), self.segment(model, pixels)
+            picture = Image.fromarray(pixels.numpy())
+            rows.append([picture, *(overlay(picture, m, self.palette) for m in maps)])
+            shown |= {c for m in maps for c in np.unique(m).tolist()} - {BACKGROUND, IGNORE}
+        legend = [(self.names[c], self.palette[c]) for c in sorted(shown)]
+        titles = ("picture", "truth", f"after step {step.index}")
+        sheet(rows, titles, legend).save(self.folder / "pictures" / f"step_{step.index}.png")
+
+    def segment(self, model: DeepLabV3, pixels: Tensor) -> np.ndarray:
+        """uint8 picture [H, W, 3] -> uint8 class ids [H, W]."""
+        return self.predict(model(self.normalise(pixels[None]))[0])[0].byte().cpu().numpy()
+
+    def adopt_step0(self, step: Step) -> None:
+        """--step0: takes somebody's first step as this run's own, if it is of the same kind."""
+        path, flags = self.args.step0, vars(self.args)
+        saved = read_checkpoint(path, "--step0")
+        if saved.get("step") != 0 or "flags" not in saved:
+            raise InputError(f"--step0 {path}: not a step_0.pt")
+        there = saved["flags"] | {"classes": saved["classes"][0]}
+        here = flags | {"classes": [self.names[c] for c in step.new]}
+        for one in (there, here):  # in a first step, disjoint and sequential are the same
+            one["setting"] = one["setting"].replace("sequential", "disjoint")
+        for key in ("dataset", "classes", "setting", "backbone", "output_stride", "head"):
+            if there.get(key) != here[key]:
+                raise InputError(
+                    f"--step0 {path}: another {key}: {there.get(key)} there, {here[key]} here"
+                )
+        model = self.build(step)
+        model.load_state_dict(saved["model"])
+        self.log(f"step 0 is {path}")
+        self.conclude(step, model, {"taken_from": str(path)})
+
+    def evaluate_again(self) -> None:
+        """--eval: evaluates every step_K.pt of the run, prints the table, writes nothing."""
+        for step in self.plan:
+            if (self.folder / f"step_{step.index}.pt").exists():
+                self.results.append(self.evaluate(step, self.load(step), {}))
+        if not self.results:
+            raise InputError(f"--eval: no step_0.pt in {self.folder}; without --eval it is trained")
+        print(self.table())
+
+    @torch.no_grad()
+    def predict_pictures(self) -> None:
+        """--predict: the newest model on pictures of any size: overlay, class map, shares."""
+        steps = [s for s in self.plan if (self.folder / f"step_{s.index}.pt").exists()]
+        if not steps:
+            raise InputError(f"--predict: no step_0.pt in {self.folder}; train first")
+        model, target = self.load(steps[-1]), self.folder / "pictures"
+        colours = {row["name"]: row for row in read_table(self.args.dataset)}
+        rows = [colours.get(name, {}) for name in self.names]
+        palette = [tuple(int(r.get(k, 0)) for k in ("red", "green", "blue")) for r in rows]
+        for path in map(Path, self.args.predict):
+            picture = read_picture(path)
+            size = [round(s * self.args.crop / min(picture.size)) for s in picture.size]
+            small = np.array(picture.resize(size, Image.Resampling.BILINEAR))
+            classes = Image.fromarray(self.segment(model, torch.from_numpy(small)))
+            classes = classes.resize(picture.size, Image.Resampling.NEAREST)
+            shares = [(n, self.names[c]) for c, n in enumerate(classes.histogram()) if n]
+            overlay(picture, np.asarray(classes), palette).save(target / f"{path.stem}_overlay.png")
+            classes.putpalette([value for colour in palette for value in colour])
+            classes.save(target / f"{path.stem}_classes.png")
+            percent = 100 / (picture.width * picture.height)
+            found = ", ".join(f"{name} {n * percent:.1f} %" for n, name in sorted(shares)[::-1])
+            print(f"{path}: {found}; see {target / path.stem}_overlay.png and _classes.png")
+
+    def average(self) -> float:
+        """Mean over the steps of the mIoU over the classes seen at each, background included."""
+        return float(np.mean([result["with_background"]["all"] for result in self.results]))
+
+    def table(self) -> str:
+        """A column per step; base, new, all with and without background; what was published."""
+        base, last = self.plan[0].last, self.plan[len(self.results) - 1].last
+        lines = ["mIoU, %".ljust(22) + "".join(f"step {r['step']}".rjust(8) for r in self.results)]
+        for kind, first in (("with_background", 0), ("without_background", 1)):
+            span = {
+                "base": f"{first}-{base}",
+                "new": f"{base + 1}-{last}",
+                "all": f"{first}-{last}",
+            }
+            for key in ("base", "new", "all", "harmonic"):
+                values = [r[kind][key] for r in self.results]
+                title = f"{key} {span.get(key, '')}" + ", no background" * first
+                cells = ("-" if v is None else f"{v:.2f}" for v in values)
+                if values[-1] is not None and (first == 0 or key in ("base", "all")):
+                    lines.append(title.ljust(22) + "".join(cell.rjust(8) for cell in cells))
+        lines.append(f"average of 'all' over the steps: {self.average():.2f}")
+        flags = self.args
+        wanted = (flags.dataset, flags.task, flags.setting, self.published)
+        for r in read_table("published"):
+            if (r["dataset"], r["task"], r["setting"], r["method"]) == wanted:
+                counted = "no background" if r["convention"].startswith("A") else "with background"
+                values = ", ".join(
+                    f"{k} {r[v]}" for k, v in (("base", "old"), ("new", "new")) if r[v]
+                )
+                lines.append(f"published: {values}, all {r['all']} ({counted}; {r['source']})")
+        return "\n".join(lines)
+
+
+def without_nan(value: object) -> object:
+    """NaN becomes None, which JSON has."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def git_commit() -> str:
+    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+# ---------------------------------------------------------------------------------------- flags
+
+
+def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
+    """The flags of every method. Those that stand in `recipes` default to recipes[data set]."""
+    made = argparse.ArgumentParser(
+        description=doc.split("\n\n")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    made.set_defaults(recipes=recipes)
+
+    def default(key: str) -> str:
+        values = {}
+        for name, recipe in recipes.items():
+            text = " ".join(map(str, np.atleast_1d(recipe[key])))
+            values[text] = [*values.get(text, []), name]
+        return "; ".join(f"{', '.join(names)}: {text}" for text, names in values.items())
+
+    on, ways = "store_true", ("background", "ignore")
+    settings = ("overlapped", "disjoint", "sequential")
+    add = made.add_argument_group("task").add_argument
+    add("--task", help="A-B: A classes, then B at a time; or offline (15-1; ade 100-50, msrc 16-5)")
+    add("--dataset", choices=DATASETS, default="voc", help="shapes is drawn, needs no files (voc)")
+    text = "images of a step: any with a new class; none with later ones; old labels shown"
+    add("--setting", choices=settings, default="overlapped", help=f"{text} (overlapped)")
+    add("--data", metavar="DIR", default=str(HERE / "data"), help="unpacked data set (data/)")
+    add("--class-order", metavar="FILE", help="class names or ids, a line each (as in data/*.csv)")
+    add("--void", choices=ways, help=f"void pixels in training ({default('void')})")
+    add("--unseen", choices=ways, help=f"later classes in the test ({default('unseen')})")
+    add("--other", choices=ways, default=ways[0], help="ADE20K's id 0 in the test (background)")
+    text = "test on this part of the training images, for tuning (0: on the test images)"
+    add("--held-out", type=float, default=0.0, metavar="PART", help=text)
+    add = made.add_argument_group("schedule (two values: step 0, later steps)").add_argument
+    add("--epochs", type=positive, nargs="+", help=f"({default('epochs')})")
+    add("--batch", type=positive, help=f"images per iteration ({default('batch')})")
+    add("--lr", type=rate, nargs="+", help=f"the trunk's rate; poly decay 0.9 ({default('lr')})")
+    add("--crop", type=positive, help=f"side of the network's input, pixels ({default('crop')})")
+    add = made.add_argument_group("model").add_argument
+    add("--backbone", choices=BACKBONES, help=f"({default('backbone')})")
+    add("--weights", help=f"imagenet (torchvision's), none, or a file ({default('weights')})")
+    add("--output-stride", type=int, choices=(8, 16), help=f"({default('output_stride')})")
+    add = made.add_argument_group("system").add_argument
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cpu, cuda, cuda:1 (cuda where there is one)")
+    add("--precision", choices=("bf16", "fp32"), help="of the network (bf16 on cuda, else fp32)")
+    add("--workers", type=int, help="processes that read images (one a core, 8 at most; shapes 0)")
+    add("--seed", type=int, default=0, help="(0)")
+    text = "seconds between checkpoints inside a step (60)"
+    add("--save-every", type=float, default=60, metavar="SECONDS", help=text)
+    add = made.add_argument_group("output").add_argument
+    text = "results go to DIR/METHOD-DATASET-TASK-SETTING-sSEED; a run there goes on (runs)"
+    add("--out", metavar="DIR", default="runs", help=text)
+    add("--step0", metavar="FILE", help="take this step_0.pt instead of training step 0")
+    add("--eval", action=on, help="only evaluate the run's checkpoints")
+    add("--predict", metavar="IMAGE", nargs="+", help="only segment pictures, with the newest one")
+    add("--dry-run", action=on, help="two iterations per step, all else real, own folder")
+    add("--check-data", action=on, help="only check the files, and count images per step")
+    add("--download", action=on, help="only fetch the data set (voc), or say where it comes from")
+    return made
+
+
+def positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    return value
+
+
+def resolve(args: argparse.Namespace) -> None:
+    """Fills in what was not typed: the recipe of the data set, device, precision, workers."""
+    recipes = args.__dict__.pop("recipes")
+    for key, value in recipes[args.dataset].items():
+        if getattr(args, key, None) is None:
+            setattr(args, key, value)
+    args.method = Path(sys.argv[0]).stem
+    args.task = args.task or {"ade": "100-50", "msrc": "16-5"}.get(args.dataset, "15-1")
+    for key in ("epochs", "lr"):
+        if len(getattr(args, key)) > 2:
+            raise InputError(f"--{key}: one value, or two (step 0, later steps)")
+    if not 0 <= args.held_out <= 0.5:
+        raise InputError(f"--held-out {args.held_out}: a part of the training images, 0 to 0.5")
+    try:
+        cuda = torch.device(args.device).type == "cuda"
+    except RuntimeError:
+        raise InputError(f"--device {args.device}: expected cpu, cuda or cuda:N") from None
+    if cuda and not torch.cuda.is_available():
+        raise InputError(f"--device {args.device}: PyTorch sees no GPU here; there is --device cpu")
+    args.precision = args.precision or ("bf16" if cuda else "fp32")
+    if args.workers is None:
+        args.workers = 0 if args.dataset == "shapes" else min(8, os.cpu_count() or 1)
+
+
+def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
+    """Runs a script. Bad input ends in a clear line and status 2."""
+    args, status = flags.parse_args(), 0
+    try:
+        resolve(args)
+        if args.check_data:
+            status = check_data(args)
+        elif args.download:
+            download(args)
+        else:
+            main(args)
+    except InputError as error:
+        # a worker process hands the message over inside a traceback
+        message, status = str(error).rsplit("InputError: ", 1)[-1].strip(), 2
+    except FloatingPointError as error:
+        message, status = str(error), 1
+    except KeyboardInterrupt:
+        message, status = "stopped; the same command goes on from the last checkpoint", 130
+    if status and not args.check_data:
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def check_data(args: argparse.Namespace) -> int:
+    """--check-data: every file; images per step beside the published lists. 1 on an error."""
+    source = open_source(args.dataset, args.data, args.held_out)
+    samples = [*source.train, *source.test]
+    print(f"{source.where}: {len(source.train)} training and {len(source.test)} test images")
+    problems: dict[str, list[str]] = {}
+    with ThreadPoolExecutor() as pool:
+        for problem in pool.map(lambda sample: check_sample(sample, len(source.names)), samples):
+            if problem:
+                problems.setdefault(problem[0], []).append(problem[1])
+    if twice := [str(s[1]) for s, n in Counter(samples).items() if n > 1]:
+        problems["listed more than once"] = twice
+    for kind, files in problems.items():
+        print(f"  error: {kind}: {len(files)}, such as {', '.join(files[:2])}")
+    order = class_order(args.class_order, source.names)
+    position = {raw: c for c, raw in enumerate(order, 1)}
+    train, test = (
+        [[position[raw] for raw in ids] for ids in class_sets([s[1] for s in part], len(order))]
+        for part in (source.train, source.test)
+    )
+    published: dict = {(args.task, args.setting): {}}
+    for row in read_table("image_counts"):
+        if row["dataset"] == args.dataset:
+            key = (row["task"], row["setting"])
+            published.setdefault(key, {})[int(row["step"])] = (row["train"], row["test"])
+    print("images per step; * differs from the published lists, which have the number in brackets")
+    for (task, setting), expected in published.items():
+        lines = []
+        for step in task_steps(task, len(order)):
+            counts = len(images_of_step(train, step, setting)), len(test_images(test, step))
+            pairs = zip(map(str, counts), expected.get(step.index, ("", "")), strict=True)
+            lines.append([n if there in ("", n) else f"{n}*[{there}]" for n, there in pairs])
+        for part, values in zip(("train", "test"), zip(*lines, strict=True), strict=True):
+            print(f"  {task:7} {setting:11} {part:6} {' '.join(values)}")
+    print(f"{sum(map(len, problems.values()))} errors")
+    return 1 if problems else 0
+
+
+def check_sample(sample: tuple, classes: int) -> tuple[str, str] | None:
+    """What is wrong with a picture or its mask: (kind, file)."""
+    picture, mask = sample
+    if isinstance(picture, int):
+        return None
+    for kind, path in (("no mask", mask), ("no picture", picture)):
+        if not path.exists():
+            return kind, str(path)
+    try:
+        size, labels = read_picture(picture).size, read_mask(mask)
+    except InputError as error:
+        return "unreadable", str(error)
+    if size != labels.size:
+        return "picture and mask differ in size", str(mask)
+    beyond = any(labels.histogram()[classes + 1 : IGNORE])
+    return (f"class numbers beyond {classes}", str(mask)) if beyond else None
+
+
+def download(args: argparse.Namespace) -> None:
+    """--download: VOC 2012 and SBD through torchvision; SegmentationClassAug written from both."""
+    if args.dataset != "voc":
+        drawn = "shapes is drawn: there is nothing to download"
+        return print(drawn if args.dataset == "shapes" else how_to_get(args.dataset))
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise InputError(
+            "--download: SBD's .mat files need one more package: pip install scipy"
+        ) from None
+    root = Path(args.data)
+    try:
+        torchvision.datasets.VOCSegmentation(root, "2012", "trainval", download=True)
+        if not (root / "sbd" / "cls").is_dir():
+            torchvision.datasets.SBDataset(root / "sbd", "train", "segmentation", download=True)
+    except (OSError, RuntimeError) as error:
+        raise InputError(
+            f"--download: {error}; is there a network? The same command goes on"
+        ) from None
+    write_aug_masks(root / "VOCdevkit/VOC2012", root / "sbd" / "cls", loadmat)
+    print(f"{root / 'VOCdevkit/VOC2012'} is complete; --check-data checks it")
+
+
+def write_aug_masks(voc: Path, mats: Path, loadmat: Callable) -> None:
+    """SegmentationClassAug: VOC's own masks where there are some, with void borders; else SBD's."""
+    target = voc / "SegmentationClassAug"
+    target.mkdir(exist_ok=True)
+    own = {path.stem for path in (voc / "SegmentationClass").glob("*.png")}
+    for name in own:
+        shutil.copy(voc / "SegmentationClass" / f"{name}.png", target)
+    palette = [255] * 768
+    for row in [{"id": 0, "red": 0, "green": 0, "blue": 0}, *read_table("voc")]:
+        at = 3 * int(row["id"])
+        palette[at : at + 3] = int(row["red"]), int(row["green"]), int(row["blue"])
+    for path in mats.glob("*.mat"):
+        if path.stem not in own:
+            mask = Image.fromarray(loadmat(path)["GTcls"][0]["Segmentation"][0])
+            mask.putpalette(palette)
+            mask.save(target / f"{path.stem}.png")
