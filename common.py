@@ -797,7 +797,8 @@ class Run:
         if args.dry_run:
             shutil.rmtree(self.folder, ignore_errors=True)
         flags = {k: v for k, v in vars(args).items() if k not in ("eval", "predict")}
-        if config.exists():
+        begun = any((self.folder / name).exists() for name in ("last.pt", "metrics.json"))
+        if begun:
             there = json.loads(config.read_text())["flags"]
             free = ("data", "out", "device", "workers", "save_every", "step0")
             differ = [k for k in flags if k not in free and flags[k] != there.get(k)]
@@ -872,6 +873,12 @@ class Run:
         self.indices = [*self.images[step.index], *extra]
         self.total = max(1, len(self.indices) // args.batch) * per_step(args.epochs, step)
         self.total = min(2, self.total) if args.dry_run else self.total
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        if min(args.batch, len(self.indices)) == 1 and any(m.training for m in norms):
+            raise InputError(
+                f"--batch {args.batch}: BatchNorm learns from two images or more per iteration, "
+                f"and step {step.index} has {len(self.indices)}"
+            )
         for group in groups:
             group["params"] = [p for p in group["params"] if p.requires_grad]
         fused = self.device.type == "cuda"

@@ -1,0 +1,321 @@
+"""Whole runs of dkd.py on tiny data: files, resume, refusals, messages."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import trees
+from PIL import Image
+
+import common
+import dkd
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = (
+    "--backbone small --weights none --output-stride 8 --crop 32 --batch 4 --epochs 2 --workers 0"
+)
+TINY = f"--dataset voc --task 19-1 {SMALL} --lr 0.002 0.0002"
+CLASSES = [[1 + i % 20, 1 + (i + 7) % 20] for i in range(40)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    trees.voc(folder, CLASSES, CLASSES[:12])
+    return folder
+
+
+@pytest.fixture
+def start(monkeypatch, capsys, tmp_path, data):
+    """Runs dkd.py in this process; gives exit status, standard output and standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(flags, where=data):
+        monkeypatch.setattr(sys, "argv", [str(ROOT / "dkd.py"), *shlex.split(flags)])
+        if "--data " not in flags:
+            sys.argv += ["--data", str(where)]
+        with pytest.raises(SystemExit) as stop:
+            common.launch(dkd.main, dkd.flags())
+        return stop.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def results(folder):
+    steps = json.loads((folder / "metrics.json").read_text())["steps"]
+    return [{k: v for k, v in step.items() if k != "timing"} for step in steps]
+
+
+def read_rows(folder):
+    return list(csv.DictReader((folder / "train.csv").read_text().splitlines()))
+
+
+def weights(folder, step=1):
+    return torch.load(folder / f"step_{step}.pt", weights_only=True)["model"]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+FOLDER = Path("runs/dkd-voc-19-1-overlapped-s0")
+
+
+def test_a_run_and_what_it_leaves(start, tmp_path, data):
+    status, out, err = start(TINY)
+    assert (status, err) == (0, "")
+    assert "step 1 of 0-1: learns tvmonitor" in out and "base 0-19" in out
+    assert "published: base 77.76, new 41.45, all 76.03 (with background; DKD Table 1" in out
+    names = {path.name for path in FOLDER.iterdir()}
+    assert names == {
+        *("config.json", "log.txt", "dkd.py", "train.csv", "metrics.json", "pictures"),
+        *("step_0.pt", "step_1.pt"),
+    }
+    config = json.loads((FOLDER / "config.json").read_text())
+    assert config["flags"]["alpha"] == 5.0 and config["versions"]["torch"] == torch.__version__
+    rows = read_rows(FOLDER)
+    assert {"step", "iteration", "lr_factor", "mbce", "ac", "kd", "positive", "negative"} == {
+        *rows[0]
+    }
+    assert rows[0]["kd"] == "" and float(rows[-1]["kd"]) > 0
+    for step in results(FOLDER):
+        assert len(step["iou"]) == 20 + step["step"] and "tvmonitor" not in [*step["iou"]][:20]
+        assert np.array(step["confusion"]).shape == (20 + step["step"],) * 2
+    for k in (0, 1):
+        page = common.open_image(FOLDER / f"pictures/step_{k}.png", "sheet")
+        assert page.width == 600 and page.height > 1000
+    content = torch.load(FOLDER / "step_1.pt", weights_only=True)
+    assert content["classes"][1] == ["tvmonitor"] and content["flags"]["task"] == "19-1"
+
+    # the same command again only reports; --eval finds the same numbers; neither changes a weight
+    before, table = weights(FOLDER), out[out.index("mIoU, %") :]
+    status, again, _ = start(TINY)
+    assert status == 0 and "2 steps done" in again and again[again.index("mIoU, %") :] == table
+    status, evaluated, _ = start(TINY + " --eval")
+    assert status == 0 and table.splitlines()[:8] == evaluated.splitlines()[2:10]
+    assert_same(before, weights(FOLDER))
+
+    # pictures of any size and kind
+    Image.fromarray(np.full((50, 90), 128, np.uint8)).save("grey photo.png")
+    status, out, _ = start(TINY + " --predict 'grey photo.png'")
+    classes = common.open_image(FOLDER / "pictures/grey photo_classes.png", "class map")
+    assert status == 0 and classes.size == (90, 50) and classes.mode == "P"
+    assert common.read_picture(FOLDER / "pictures/grey photo_overlay.png").size == (90, 50)
+    shares = [float(value) for value in re.findall(r"([0-9.]+) %", out)]
+    assert sum(shares) == pytest.approx(100, abs=0.5)
+
+    # another configuration in the same folder is refused, with the flag that differs
+    status, _, err = start(TINY + " --alpha 1")
+    assert status == 2 and "alpha 5.0 there, 1.0 here" in err
+
+    # step 0 serves other runs; not those of another kind
+    step0 = f" --step0 {FOLDER}/step_0.pt --out other"
+    status, out, _ = start(TINY + step0 + " --init random --alpha 0 --beta 0")
+    assert status == 0 and "step 0 is runs" in out
+    other = Path("other") / FOLDER.name
+    assert results(other)[0] == results(FOLDER)[0]
+    assert_same(weights(FOLDER, 0), weights(other, 0))
+    last = read_rows(other)[-1]
+    assert "kd" not in last  # fine-tuning distils nothing
+    for flags, message in (
+        ("--setting disjoint", "another setting: overlapped there, disjoint here"),
+        ("--task 15-5", "another classes"),
+        ("--backbone resnet18", "another backbone: small there, resnet18 here"),
+        ("--output-stride 16", "another output_stride: 8 there, 16 here"),
+    ):
+        status, _, err = start(f"{TINY} {step0} {flags} --out third")
+        assert status == 2 and message in err
+
+
+def test_neither_workers_nor_a_second_run_change_the_result(start):
+    assert start(TINY)[0] == 0
+    assert start(TINY + " --out two --workers 2")[0] == 0
+    two = Path("two") / FOLDER.name
+    assert_same(weights(FOLDER), weights(two))
+    assert results(FOLDER) == results(two)
+    assert (FOLDER / "train.csv").read_text() == (two / "train.csv").read_text()
+    assert start(TINY + " --out three --seed 1")[0] == 0
+    three = weights(Path("three/dkd-voc-19-1-overlapped-s1"))
+    assert any(not torch.equal(v, three[k]) for k, v in weights(FOLDER).items())
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_killed_inside_a_step_it_ends_with_the_same_weights(tmp_path, data, step):
+    flags = f"{TINY} --epochs 6 20 --save-every 0 --data {data}"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+
+    command = [sys.executable, str(ROOT / "dkd.py"), *shlex.split(flags), "--out"]
+    in_folder = {"env": environment, "cwd": tmp_path, "text": True}
+    subprocess.run([*command, "whole"], check=True, **in_folder)
+    halves = tmp_path / "halves" / FOLDER.name
+    with subprocess.Popen([*command, "halves"], **in_folder) as victim:
+        until = time.monotonic() + 120
+        begun = halves / "step_0.pt" if step else halves / "config.json"
+        while not (begun.exists() and (halves / "last.pt").exists()):
+            assert time.monotonic() < until and victim.poll() is None
+            time.sleep(0.01)
+        victim.send_signal(signal.SIGKILL)
+    assert not (halves / f"step_{step}.pt").exists()
+    done = subprocess.run([*command, "halves"], check=True, capture_output=True, **in_folder)
+    assert "goes on at iteration" in done.stdout
+    folder = tmp_path / "whole" / FOLDER.name
+    for k in (0, 1):
+        assert_same(weights(folder, k), weights(halves, k))
+    assert results(folder) == results(halves)
+    assert (folder / "train.csv").read_text() == (halves / "train.csv").read_text()
+
+
+def test_dry_run_leaves_the_real_run_alone(start):
+    for _ in range(2):
+        status, out, _ = start(TINY + " --dry-run")
+        assert status == 0 and "iteration 2/2" in out
+    assert [path.name for path in Path("runs").iterdir()] == [FOLDER.name + "-dry"]
+
+
+def test_memory_is_balanced_and_trained_on(start):
+    assert start(TINY + " --task 18-1 --memory 18")[0] == 0
+    folder = Path("runs/dkd-voc-18-1-overlapped-s0")
+    first, second = (json.loads((folder / f"memory_{k}.json").read_text()) for k in (1, 2))
+    assert len(first) == len(second) == 18
+    assert {c for ids in first.values() for c in ids} == {*range(1, 19)}
+    for i, ids in first.items():
+        assert {*ids} == {c for c in CLASSES[int(i)] if c <= 18}
+    shown = [i for i, ids in enumerate(CLASSES) if 19 in ids]
+    assert f"{len(shown) + 18} images" in (folder / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("setting", ["disjoint", "sequential"])
+def test_a_class_without_an_image_is_named(start, setting):
+    status, _, err = start(TINY + f" --task 3-17 --setting {setting}")
+    assert status == 2 and "has no image of" in err and "aeroplane" in err
+
+
+def test_msrc_has_no_background(start, tmp_path):
+    trees.msrc(tmp_path)
+    flags = f"--dataset msrc --task 20-1 --setting sequential {SMALL} --batch 2"
+    status, _, err = start(flags, tmp_path)
+    assert (status, err) == (0, "")
+    last = results(Path("runs/dkd-msrc-20-1-sequential-s0"))[-1]
+    assert last["iou"]["background"] is None
+    assert last["with_background"] == last["without_background"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(start):
+    status, _, err = start(TINY + " --lr 1e30")
+    assert status == 1
+    assert re.search(r"not finite in step 0, iteration \d+: mbce \S+, ac \S+\. ", err)
+    assert len(err.splitlines()) == 1
+
+
+def test_a_step_with_fewer_images_than_the_batch(start):
+    assert start(TINY + " --batch 64 --epochs 1")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--task 25-1", "--task 25-1: expected A-B"),
+        ("--task abc", "--task abc: expected A-B"),
+        ("--batch 0", "'0' is not a whole number from 1"),
+        ("--lr -1", "'-1' is not a number from 0"),
+        ("--lr 1 2 3", "--lr: one value, or two"),
+        ("--held-out 0.9", "--held-out 0.9"),
+        ("--device cuda:99", "--device cuda:99"),
+        ("--device gpu", "--device gpu: expected cpu, cuda or cuda:N"),
+        ("--class-order nowhere.txt", "--class-order nowhere.txt: cannot be read"),
+        ("--weights nowhere.pth", "--weights nowhere.pth: no such file"),
+        ("--step0 nowhere.pt", "--step0 nowhere.pt: no such file"),
+        ("--batch 1", "--batch 1: BatchNorm"),
+        ("--eval", "--eval: no step_0.pt in runs"),
+        ("--predict a.jpg", "--predict: no step_0.pt in runs"),
+        ("--data nowhere", "nowhere/VOCdevkit/VOC2012"),
+        ("--out /dev/null", "--out /dev/null: cannot be written to"),
+        ("--weights imagenet", "--weights imagenet: not to be had for small"),
+    ],
+)
+def test_bad_input_ends_in_a_clear_line_and_status_2(start, flags, message):
+    if "cuda:99" in flags and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    status, _, err = start(f"{TINY} {flags}")
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+def test_without_data_the_first_command_explains_itself(tmp_path):
+    """As a user sees it: another process, no flags but the task."""
+    command = [sys.executable, str(ROOT / "dkd.py"), "--task", "15-1", "--data", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert str(tmp_path / "VOCdevkit/VOC2012") in done.stderr
+    assert "python dkd.py --dataset voc --data DIR --download" in done.stderr
+    assert "python dkd.py --task 15-1 --dataset shapes" in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_check_data_reports_every_kind_of_fault(start, tmp_path):
+    base = trees.voc(tmp_path / "bad", [[1], [2], [3]], [[1], [2]])
+    assert start("--check-data", tmp_path / "bad")[0] == 0
+    (base / "JPEGImages/a0.jpg").unlink()
+    status, out, _ = start("--check-data", tmp_path / "bad")
+    assert status == 1 and "error: no picture: 1, such as" in out and "1 errors" in out
+    assert re.search(r"15-1 +overlapped +train +3\*\[9568\] 0\*\[487\]", out)
+    trees.write(base / "SegmentationClassAug/a1.png", trees.mask([1], width=8))
+    (base / "JPEGImages/b0.jpg").write_bytes(b"nothing")
+    trees.write(base / "SegmentationClassAug/b1.png", trees.mask([99]))
+    status, out, err = start("--check-data", tmp_path / "bad")
+    assert "error: picture and mask differ in size: 1" in out and "a1.png" in out
+    assert "error: unreadable: 1" in out and "b0.jpg" in out
+    assert "error: class numbers beyond 20: 1" in out and "b1.png" in out
+    assert status != 0 and "Traceback" not in err
+
+
+def test_download_says_where_data_comes_from_and_writes_masks(start, tmp_path, monkeypatch):
+    for name, text in (("ade", "ADEChallengeData2016.zip"), ("msrc", "TextonBoost")):
+        status, out, _ = start(f"--dataset {name} --download")
+        assert status == 0 and text in out
+    voc = tmp_path / "VOCdevkit/VOC2012"
+    trees.write(voc / "SegmentationClass/own.png", trees.mask([1]))
+    (tmp_path / "cls").mkdir()
+    for name in ("own", "sbd"):
+        (tmp_path / f"cls/{name}.mat").touch()
+    label = trees.mask([2]).astype(np.uint8)
+    label[label == 255] = 0
+    common.write_aug_masks(
+        voc, tmp_path / "cls", lambda path: {"GTcls": [{"Segmentation": [label]}]}
+    )
+    target = voc / "SegmentationClassAug"
+    assert np.unique(common.read_mask(target / "own.png")).tolist() == [0, 1, 255]
+    assert np.unique(common.read_mask(target / "sbd.png")).tolist() == [0, 2]
+    assert common.read_mask(target / "sbd.png").getpalette()[3:6] == [128, 0, 0]
+
+
+def test_a_faulty_picture_is_named_also_from_a_worker(start, tmp_path):
+    base = trees.voc(tmp_path / "bad", CLASSES, CLASSES[:12])
+    (base / "JPEGImages/a5.jpg").write_bytes(b"nothing")
+    for workers in (0, 1):
+        status, _, err = start(f"{TINY} --workers {workers}", tmp_path / "bad")
+        assert status == 2 and "a5.jpg: not a readable picture" in err
+        assert len(err.splitlines()) == 1, err
+
+
+def readme_commands():
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if re.search(r"python \w+\.py", line) and "--help" not in line]
+
+
+@pytest.mark.parametrize("command", readme_commands() or ["README without a command"])
+def test_the_readmes_commands_are_accepted(command):
+    for part in re.findall(r"python (\w+)\.py([^&|;]*)", command):
+        module = __import__(part[0])
+        module.flags().parse_args(shlex.split(part[1]))
