@@ -416,7 +416,9 @@ def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, in
     return left, top, left + w, top + h
 
 
-def train_view(picture: Image.Image, mask: Image.Image, crop: int, rng) -> tuple:
+def train_view(
+    picture: Image.Image, mask: Image.Image, crop: int, rng: np.random.Generator
+) -> tuple[Image.Image, Image.Image]:
     """The random crop, resized to crop x crop, flipped with probability 1/2."""
     box = crop_box(*picture.size, rng)
     # cropped first: a resize with box would let pixels from outside into the picture's border
@@ -428,7 +430,9 @@ def train_view(picture: Image.Image, mask: Image.Image, crop: int, rng) -> tuple
     return picture, mask
 
 
-def test_view(picture: Image.Image, mask: Image.Image, crop: int) -> tuple:
+def test_view(
+    picture: Image.Image, mask: Image.Image, crop: int
+) -> tuple[Image.Image, Image.Image]:
     """Shorter side to `crop`, then centre crop, of picture and mask, in one resize call each."""
     width, height = picture.size
     w, h = (crop * side // min(width, height) for side in picture.size)
@@ -447,7 +451,9 @@ class View(torch.utils.data.Dataset):
                 index) alone, whatever the workers and interruptions; None: the test view
     """
 
-    def __init__(self, samples: Sequence[tuple], labels: np.ndarray, crop: int, seed=None):
+    def __init__(
+        self, samples: Sequence[tuple], labels: np.ndarray, crop: int, seed: tuple | None = None
+    ) -> None:
         self.samples, self.labels, self.crop, self.seed = samples, labels, crop, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -524,7 +530,14 @@ class DeepLabV3(nn.Module):
     classifiers     1x1 convolutions: [0] background, one channel; [1] the first step's classes; ...
     """
 
-    def __init__(self, backbone, output_stride, classes, dropout=0.1, bf16=False) -> None:
+    def __init__(
+        self,
+        backbone: str,
+        output_stride: int,
+        classes: Sequence[int],
+        dropout: float = 0.5,
+        bf16: bool = False,
+    ) -> None:
         super().__init__()
         self.bf16 = bf16
         width, rates = 256, {16: (6, 12, 18), 8: (12, 24, 36)}[output_stride]
@@ -745,6 +758,9 @@ class Run:
     def __init__(self, args: argparse.Namespace, predict: Callable, published: str) -> None:
         self.args, self.predict, self.published = args, predict, published
         self.device = torch.device(args.device)
+        self.mean, self.std = (
+            255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEAN, STD)
+        )
         names = [row["name"] for row in read_table(args.dataset)]
         self.order = class_order(args.class_order, names)
         self.names = ["background", *(names[raw - 1] for raw in self.order)]
@@ -844,10 +860,11 @@ class Run:
 
     def load(self, step: Step) -> DeepLabV3:
         """The finished model of a step, frozen."""
-        model = self.build(step)
-        model.load_state_dict(
-            read_checkpoint(self.folder / f"step_{step.index}.pt", "file")["model"]
-        )
+        path, model = self.folder / f"step_{step.index}.pt", self.build(step)
+        try:
+            model.load_state_dict(read_checkpoint(path, "file")["model"])
+        except (KeyError, RuntimeError):
+            raise InputError(f"{path}: weights of another network than these flags give") from None
         return model.eval().requires_grad_(False)
 
     def models(self, step: Step) -> tuple[DeepLabV3 | None, DeepLabV3]:
@@ -862,7 +879,9 @@ class Run:
 
     # the loop
 
-    def start(self, step: Step, model: DeepLabV3, groups: list[dict], extra=()) -> nn.Module:
+    def start(
+        self, step: Step, model: DeepLabV3, groups: list[dict], extra: Sequence[int] = ()
+    ) -> nn.Module:
         """Begins a step, or goes on inside it; returns the network to call.
 
         groups      parameter groups with lr and weight_decay: SGD, Nesterov momentum 0.9
@@ -936,8 +955,8 @@ class Run:
 
     def normalise(self, pictures: Tensor) -> Tensor:
         """uint8 [B, H, W, 3] -> float [B, 3, H, W] on the device, channels last in memory."""
-        mean, std = (255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEAN, STD))
-        return (pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2) - mean) / std
+        pictures = pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+        return (pictures - self.mean) / self.std
 
     def update(self, losses: dict[str, Tensor]) -> None:
         """An optimiser step on the sum of the losses, at the poly schedule's rate."""
@@ -1024,6 +1043,7 @@ class Run:
         )
         self.results.append(result)
         write_json(self.folder / "metrics.json", {"average": self.average(), "steps": self.results})
+        self.log(f"  {summary(result)}")
 
     @torch.no_grad()
     def evaluate(self, step: Step, model: DeepLabV3, timing: dict) -> dict:
@@ -1050,12 +1070,7 @@ class Run:
             "test_images": len(images),
             "timing": timing | {"evaluation_minutes": (time.monotonic() - begun) / 60},
         }
-        result = without_nan(result)
-        shown = [f"{k} {v:.2f}" for k, v in result["with_background"].items() if v is not None]
-        print(
-            f"  step {step.index}, {len(images)} test images: mIoU {', '.join(shown)}", flush=True
-        )
-        return result
+        return without_nan(result)
 
     @torch.no_grad()
     def draw_predictions(self, step: Step, model: DeepLabV3) -> None:
@@ -1105,6 +1120,7 @@ class Run:
         for step in self.plan:
             if (self.folder / f"step_{step.index}.pt").exists():
                 self.results.append(self.evaluate(step, self.load(step), {}))
+                print(f"step {step.index}: {summary(self.results[-1])}", flush=True)
         if not self.results:
             raise InputError(f"--eval: no step_0.pt in {self.folder}; without --eval it is trained")
         print(self.table())
@@ -1164,6 +1180,11 @@ class Run:
                 )
                 lines.append(f"published: {values}, all {r['all']} ({counted}; {r['source']})")
         return "\n".join(lines)
+
+
+def summary(result: dict) -> str:
+    shown = [f"{k} {v:.2f}" for k, v in result["with_background"].items() if v is not None]
+    return f"mIoU {', '.join(shown)} on {result['test_images']} test images"
 
 
 def without_nan(value: object) -> object:
