@@ -244,7 +244,7 @@ def msrc_samples(root: Path) -> tuple[list, list]:
     return train + validation, test
 
 
-SHAPES_TRAIN, SHAPES_TEST, SHAPES_SIZE = 800, 200, 72  # pictures, pictures, pixels
+SHAPES_TRAIN, SHAPES_TEST, SHAPES_SIZE = 1000, 200, 72  # pictures, pictures, pixels
 
 
 @functools.cache

@@ -167,7 +167,7 @@ def test_ade_and_msrc(tmp_path):
 def test_held_out_is_a_part_of_the_training_images():
     everything = common.open_source("shapes", "")
     source = common.open_source("shapes", "", held_out=0.2)
-    assert len(source.test) == 160 and len(source.train) == 640
+    assert len(source.test) == 200 and len(source.train) == 800
     assert sorted(source.train + source.test) == everything.train
 
 

@@ -182,6 +182,14 @@ def test_dry_run_leaves_the_real_run_alone(start):
     assert [path.name for path in Path("runs").iterdir()] == [FOLDER.name + "-dry"]
 
 
+def test_shapes_run_through_the_same_code(start, monkeypatch):
+    monkeypatch.setattr(common, "SHAPES_TRAIN", 80)
+    monkeypatch.setattr(common, "SHAPES_TEST", 20)
+    status, out, err = start("--task 15-5 --dataset shapes --epochs 1 --out drawn")
+    assert (status, err) == (0, "") and "80 training and 20 test images" in out
+    assert (Path("drawn/dkd-shapes-15-5-overlapped-s0") / "pictures/step_1.png").exists()
+
+
 def test_memory_is_balanced_and_trained_on(start):
     assert start(TINY + " --task 18-1 --memory 18")[0] == 0
     folder = Path("runs/dkd-voc-18-1-overlapped-s0")
