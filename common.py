@@ -129,8 +129,6 @@ def class_order(file: str | None, names: Sequence[str]) -> list[int]:
 class Source(NamedTuple):
     """A data set. A sample is (picture, mask): two paths, or twice a drawn picture's number."""
 
-    names: list[str]  # of the ids 1 ... K
-    palette: list[tuple[int, int, int]]  # of the ids 0 ... K
     train: list[tuple]
     test: list[tuple]
     where: str
@@ -148,6 +146,13 @@ def read_table(name: str) -> list[dict[str, str]]:
     """The rows of data/NAME.csv."""
     with open(HERE / "data" / f"{name}.csv", newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def class_table(dataset: str) -> tuple[list[str], list[tuple[int, int, int]]]:
+    """Names and colours of the ids 0 ... K."""
+    rows = read_table(dataset)
+    colours = [tuple(int(row[k]) for k in ("red", "green", "blue")) for row in rows]
+    return ["background", *(row["name"] for row in rows)], [(0, 0, 0), *colours]
 
 
 def read_lines(path: str | Path, what: str) -> list[str]:
@@ -172,8 +177,6 @@ def open_source(dataset: str, data: str, held_out: float = 0.0) -> Source:
                 papers' test images are the official validation images
     InputError  no such folder or list; the message names the places that were tried
     """
-    rows = read_table(dataset)
-    palette = [(0, 0, 0), *((int(r["red"]), int(r["green"]), int(r["blue"])) for r in rows)]
     if dataset == "shapes":
         root, train = Path("drawn"), [(i, i) for i in range(SHAPES_TRAIN)]
         test = [(i, i) for i in range(-SHAPES_TEST, 0)]
@@ -199,7 +202,7 @@ def open_source(dataset: str, data: str, held_out: float = 0.0) -> Source:
         raise InputError(
             f"--dataset {dataset}: {root} lists no {'test' if train else 'training'} image"
         )
-    return Source([row["name"] for row in rows], palette, train, test, str(root))
+    return Source(train, test, str(root))
 
 
 def how_to_get(dataset: str) -> str:
@@ -315,8 +318,8 @@ def read_mask(path: Path | int) -> Image.Image:
 def msrc_colours() -> np.ndarray:
     """uint8 [2^24]: packed RGB -> id; all that is not one of the 21 classes is void."""
     table = np.full(1 << 24, IGNORE, np.uint8)
-    for row in read_table("msrc"):
-        table[int(row["red"]) << 16 | int(row["green"]) << 8 | int(row["blue"])] = int(row["id"])
+    for i, (red, green, blue) in enumerate(class_table("msrc")[1]):
+        table[red << 16 | green << 8 | blue] = i or IGNORE  # black is void here
     return table
 
 
@@ -354,6 +357,13 @@ def class_sets(masks: Sequence[Path | int], classes: int) -> list[list[int]]:
         except OSError:
             pass  # nowhere to keep it: the next run reads the masks again
     return [known[mask.name][1] for mask in masks]
+
+
+def shown_classes(samples: Sequence[tuple], order: Sequence[int]) -> list[list[int]]:
+    """The class ids, that is positions in the class order, in each sample."""
+    position = {raw: c for c, raw in enumerate(order, 1)}
+    sets = class_sets([mask for _, mask in samples], len(order))
+    return [[position[raw] for raw in ids] for ids in sets]
 
 
 def images_of_step(sets: Sequence[Sequence[int]], step: Step, setting: str) -> list[int]:
@@ -761,10 +771,12 @@ class Run:
         self.mean, self.std = (
             255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEAN, STD)
         )
-        names = [row["name"] for row in read_table(args.dataset)]
-        self.order = class_order(args.class_order, names)
-        self.names = ["background", *(names[raw - 1] for raw in self.order)]
-        self.plan = task_steps(args.task, len(names))
+        names, palette = class_table(args.dataset)
+        self.order = class_order(args.class_order, names[1:])
+        self.names, self.palette = (
+            [values[raw] for raw in (BACKGROUND, *self.order)] for values in (names, palette)
+        )
+        self.plan = task_steps(args.task, len(self.order))
         name = f"{args.method}-{args.dataset}-{args.task}-{args.setting}-s{args.seed}"
         self.folder = Path(args.out) / (name + "-dry" * args.dry_run)
         self.results: list[dict] = []
@@ -789,15 +801,8 @@ class Run:
     def open_data(self) -> None:
         args = self.args
         self.source = open_source(args.dataset, args.data, args.held_out)
-        self.palette = [self.source.palette[raw] for raw in (BACKGROUND, *self.order)]
-        position = {raw: c for c, raw in enumerate(self.order, 1)}
-        self.sets, self.test_sets = (
-            [
-                [position[raw] for raw in ids]
-                for ids in class_sets([s[1] for s in samples], len(self.order))
-            ]
-            for samples in (self.source.train, self.source.test)
-        )
+        self.sets = shown_classes(self.source.train, self.order)
+        self.test_sets = shown_classes(self.source.test, self.order)
         self.images = [images_of_step(self.sets, step, args.setting) for step in self.plan]
         for step in self.plan:
             shown = {c for i in self.images[step.index] for c in self.sets[i]}
@@ -904,7 +909,8 @@ class Run:
         self.optimizer = torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=fused)
         self.rates = [group["lr"] for group in groups]
         new = ", ".join(self.names[c] for c in step.new)
-        self.log(f"step {step.index} of 0-{len(self.plan) - 1}: learns {new}")
+        last, images = len(self.plan) - 1, len(self.indices)
+        self.log(f"step {step.index} of 0-{last}: learns {new} from {images} images")
         self.resume()
         return model
 
@@ -1132,9 +1138,6 @@ class Run:
         if not steps:
             raise InputError(f"--predict: no step_0.pt in {self.folder}; train first")
         model, target = self.load(steps[-1]), self.folder / "pictures"
-        colours = {row["name"]: row for row in read_table(self.args.dataset)}
-        rows = [colours.get(name, {}) for name in self.names]
-        palette = [tuple(int(r.get(k, 0)) for k in ("red", "green", "blue")) for r in rows]
         for path in map(Path, self.args.predict):
             picture = read_picture(path)
             size = [round(s * self.args.crop / min(picture.size)) for s in picture.size]
@@ -1142,8 +1145,9 @@ class Run:
             classes = Image.fromarray(self.segment(model, torch.from_numpy(small)))
             classes = classes.resize(picture.size, Image.Resampling.NEAREST)
             shares = [(n, self.names[c]) for c, n in enumerate(classes.histogram()) if n]
-            overlay(picture, np.asarray(classes), palette).save(target / f"{path.stem}_overlay.png")
-            classes.putpalette([value for colour in palette for value in colour])
+            painted = overlay(picture, np.asarray(classes), self.palette)
+            painted.save(target / f"{path.stem}_overlay.png")
+            classes.putpalette(sum(self.palette, ()))
             classes.save(target / f"{path.stem}_classes.png")
             percent = 100 / (picture.width * picture.height)
             found = ", ".join(f"{name} {n * percent:.1f} %" for n, name in sorted(shares)[::-1])
@@ -1330,23 +1334,20 @@ def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
 def check_data(args: argparse.Namespace) -> int:
     """--check-data: every file; images per step beside the published lists. 1 on an error."""
     source = open_source(args.dataset, args.data, args.held_out)
+    names, _ = class_table(args.dataset)
+    order = class_order(args.class_order, names[1:])
     samples = [*source.train, *source.test]
     print(f"{source.where}: {len(source.train)} training and {len(source.test)} test images")
     problems: dict[str, list[str]] = {}
     with ThreadPoolExecutor() as pool:
-        for problem in pool.map(lambda sample: check_sample(sample, len(source.names)), samples):
+        for problem in pool.map(lambda sample: check_sample(sample, len(order)), samples):
             if problem:
                 problems.setdefault(problem[0], []).append(problem[1])
     if twice := [str(s[1]) for s, n in Counter(samples).items() if n > 1]:
         problems["listed more than once"] = twice
     for kind, files in problems.items():
         print(f"  error: {kind}: {len(files)}, such as {', '.join(files[:2])}")
-    order = class_order(args.class_order, source.names)
-    position = {raw: c for c, raw in enumerate(order, 1)}
-    train, test = (
-        [[position[raw] for raw in ids] for ids in class_sets([s[1] for s in part], len(order))]
-        for part in (source.train, source.test)
-    )
+    train, test = (shown_classes(part, order) for part in (source.train, source.test))
     published: dict = {(args.task, args.setting): {}}
     for row in read_table("image_counts"):
         if row["dataset"] == args.dataset:
@@ -1414,12 +1415,8 @@ def write_aug_masks(voc: Path, mats: Path, loadmat: Callable) -> None:
     own = {path.stem for path in (voc / "SegmentationClass").glob("*.png")}
     for name in own:
         shutil.copy(voc / "SegmentationClass" / f"{name}.png", target)
-    palette = [255] * 768
-    for row in [{"id": 0, "red": 0, "green": 0, "blue": 0}, *read_table("voc")]:
-        at = 3 * int(row["id"])
-        palette[at : at + 3] = int(row["red"]), int(row["green"]), int(row["blue"])
     for path in mats.glob("*.mat"):
         if path.stem not in own:
             mask = Image.fromarray(loadmat(path)["GTcls"][0]["Segmentation"][0])
-            mask.putpalette(palette)
+            mask.putpalette(sum(class_table("voc")[1], ()))
             mask.save(target / f"{path.stem}.png")
