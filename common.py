@@ -998,12 +998,14 @@ class Run:
             text = f"  iteration {self.iteration}/{self.total}, {left // 60}:{left % 60:02} left, "
             text += f"{self.iteration * self.args.batch / spent:.0f} images/s; "
             text += ", ".join(f"{name} {value}" for name, value in means.items())
-            if terminal and not done:
+            if terminal:
                 print(
-                    "\r" + text[: shutil.get_terminal_size().columns - 1], end="\033[K", flush=True
+                    f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True
                 )
-            else:
-                self.log("\r" * terminal + text)
+            if done:
+                print("\r" * terminal, end="")
+            if done or not terminal:
+                self.log(text)
         if now - self.saved > self.args.save_every:
             self.save()
 
@@ -1160,7 +1162,7 @@ class Run:
     def table(self) -> str:
         """A column per step; base, new, all with and without background; what was published."""
         base, last = self.plan[0].last, self.plan[len(self.results) - 1].last
-        lines = ["mIoU, %".ljust(22) + "".join(f"step {r['step']}".rjust(8) for r in self.results)]
+        lines = ["mIoU, %".ljust(26) + "".join(f"step {r['step']}".rjust(8) for r in self.results)]
         for kind, first in (("with_background", 0), ("without_background", 1)):
             span = {
                 "base": f"{first}-{base}",
@@ -1172,7 +1174,7 @@ class Run:
                 title = f"{key} {span.get(key, '')}" + ", no background" * first
                 cells = ("-" if v is None else f"{v:.2f}" for v in values)
                 if values[-1] is not None and (first == 0 or key in ("base", "all")):
-                    lines.append(title.ljust(22) + "".join(cell.rjust(8) for cell in cells))
+                    lines.append(title.ljust(26) + "".join(cell.rjust(8) for cell in cells))
         lines.append(f"average of 'all' over the steps: {self.average():.2f}")
         flags = self.args
         wanted = (flags.dataset, flags.task, flags.setting, self.published)
@@ -1310,7 +1312,7 @@ def resolve(args: argparse.Namespace) -> None:
 
 def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
     """Runs a script. Bad input ends in a clear line and status 2."""
-    args, status = flags.parse_args(), 0
+    args, status, message = flags.parse_args(), 0, ""
     try:
         resolve(args)
         if args.check_data:
@@ -1326,7 +1328,7 @@ def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
         message, status = str(error), 1
     except KeyboardInterrupt:
         message, status = "stopped; the same command goes on from the last checkpoint", 130
-    if status and not args.check_data:
+    if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
 

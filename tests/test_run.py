@@ -225,6 +225,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(start):
     assert len(err.splitlines()) == 1
 
 
+def test_bfloat16_runs_every_loss(start):
+    assert start(TINY + " --task 18-1 --memory 10 --precision bf16 --epochs 1")[0] == 0
+
+
 def test_a_step_with_fewer_images_than_the_batch(start):
     assert start(TINY + " --batch 64 --epochs 1")[0] == 0
 
@@ -283,7 +287,7 @@ def test_check_data_reports_every_kind_of_fault(start, tmp_path):
     assert "error: picture and mask differ in size: 1" in out and "a1.png" in out
     assert "error: unreadable: 1" in out and "b0.jpg" in out
     assert "error: class numbers beyond 20: 1" in out and "b1.png" in out
-    assert status != 0 and "Traceback" not in err
+    assert status == 2 and "b1.png: class number 99" in err and "Traceback" not in err
 
 
 def test_download_says_where_data_comes_from_and_writes_masks(start, tmp_path, monkeypatch):
