@@ -660,6 +660,12 @@ def iou_per_class(confusion: Tensor) -> Tensor:
     return torch.where(truth > 0, 100 * hit.double() / (truth + predicted - hit), torch.nan)
 
 
+def accuracies(confusion: Tensor) -> tuple[float, float]:
+    """Percent of pixels that are right, over all and as the mean over the classes in the truth."""
+    hit = 100 * confusion.diag().double()
+    return (hit.sum() / confusion.sum()).item(), (hit / confusion.sum(1)).nanmean().item()
+
+
 def averages(iou: Tensor, base: int, background: bool) -> dict[str, float]:
     """base / new / all / harmonic, percent; base = classes 1 ... `base`, new = all later ones.
 
@@ -1063,15 +1069,15 @@ class Run:
         for pictures, labels in self.sweep(self.source.test, table, images):
             confusion += confusion_matrix(labels, self.predict(model(pictures)[0]), channels)
         confusion = confusion.cpu()
-        iou, hit = iou_per_class(confusion), 100 * confusion.diag()
+        iou, (pixels, classes) = iou_per_class(confusion), accuracies(confusion)
         if args.dataset == "msrc":
             iou[BACKGROUND] = torch.nan  # it has no background
         result = {
             "step": step.index,
             "with_background": averages(iou, self.plan[0].last, True),
             "without_background": averages(iou, self.plan[0].last, False),
-            "pixel_accuracy": (hit.sum() / confusion.sum()).item(),
-            "mean_class_accuracy": (hit / confusion.sum(1)).nanmean().item(),
+            "pixel_accuracy": pixels,
+            "mean_class_accuracy": classes,
             "iou": dict(zip(self.names, iou.tolist(), strict=False)),
             "confusion": confusion.tolist(),
             "training_images": len(self.images[step.index]),

@@ -455,6 +455,15 @@ def test_confusion_and_iou_equal_the_published_ones(golden):
             else:
                 assert value * n / (n + 1e-6) == pytest.approx(expected, rel=1e-9)
         assert iou.nanmean().item() == pytest.approx(case["mib"]["mean_iou"], rel=1e-6)
+        # SSUL and DKD count an absent class as 0
+        assert iou.nan_to_num(0).mean().item() == pytest.approx(case["ssul"]["mean_iou"], rel=1e-6)
+        theirs, ours = case["dkd"], common.averages(100 * iou.nan_to_num(0), 3, background=True)
+        names = {"base": "old", "new": "new", "harmonic": "harmonic", "all": "overall"}
+        for key, name in names.items():
+            assert ours[key] == pytest.approx(theirs[name], rel=1e-6)
+        pixels, classes = common.accuracies(confusion)
+        assert pixels == pytest.approx(100 * case["mib"]["overall_acc"], rel=1e-9)
+        assert classes == pytest.approx(100 * case["mib"]["mean_acc"], rel=1e-6)
 
 
 def test_averages_equal_dkds(golden):
