@@ -1004,12 +1004,9 @@ class Run:
             text = f"  iteration {self.iteration}/{self.total}, {left // 60}:{left % 60:02} left, "
             text += f"{self.iteration * self.args.batch / spent:.0f} images/s; "
             text += ", ".join(f"{name} {value}" for name, value in means.items())
-            if terminal:
-                print(
-                    f"\r{text[: shutil.get_terminal_size().columns - 1]}\033[K", end="", flush=True
-                )
-            if done:
-                print("\r" * terminal, end="")
+            if terminal:  # the next line takes this one's place
+                width = shutil.get_terminal_size().columns - 1
+                print(f"{text[:width]}\033[K", end="\r", flush=True)
             if done or not terminal:
                 self.log(text)
         if now - self.saved > self.args.save_every:
@@ -1423,8 +1420,9 @@ def write_aug_masks(voc: Path, mats: Path, loadmat: Callable) -> None:
     own = {path.stem for path in (voc / "SegmentationClass").glob("*.png")}
     for name in own:
         shutil.copy(voc / "SegmentationClass" / f"{name}.png", target)
+    palette = sum(class_table("voc")[1], ())
     for path in mats.glob("*.mat"):
         if path.stem not in own:
             mask = Image.fromarray(loadmat(path)["GTcls"][0]["Segmentation"][0])
-            mask.putpalette(sum(class_table("voc")[1], ()))
+            mask.putpalette(palette)
             mask.save(target / f"{path.stem}.png")
