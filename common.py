@@ -848,7 +848,7 @@ class Run:
             if missing := [self.names[c] for c in step.new if c not in shown]:
                 raise InputError(
                     f"step {step.index} of --task {args.task} --setting {args.setting} has no "
-                    f"image of {', '.join(missing)}: try another --task or --class-order"
+                    f"image of {', '.join(missing)}: try another --setting, --task or --class-order"
                     + ", or --keep-later"
                     * (args.setting != "overlapped" and not args.keep_later)
                 )
@@ -1407,10 +1407,10 @@ def check_data(args: argparse.Namespace) -> int:
                 problems.setdefault(problem[0], []).append(problem[1])
     if twice := [str(s[1]) for s, n in Counter(samples).items() if n > 1]:
         problems["listed more than once"] = twice
-    notes = problems.pop(STRANGE_COLOURS, [])
-    for level, kinds in (("error", problems), ("note", {STRANGE_COLOURS: notes} if notes else {})):
-        for kind, files in kinds.items():
-            print(f"  {level}: {kind}: {len(files)}, such as {', '.join(files[:2])}")
+    for kind, files in problems.items():
+        level = "note" if kind == STRANGE_COLOURS else "error"
+        print(f"  {level}: {kind}: {len(files)}, such as {', '.join(files[:2])}")
+    problems.pop(STRANGE_COLOURS, None)  # no error
     train, test = (shown_classes(part, order) for part in (source.train, source.test))
     published: dict = {(args.task, args.setting): {}}
     for row in read_table("image_counts"):
@@ -1451,9 +1451,10 @@ def check_sample(sample: tuple, classes: int) -> tuple[str, str] | None:
         return "picture and mask differ in size", str(mask)
     if any(labels.histogram()[classes + 1 : IGNORE]):
         return f"class numbers beyond {classes}", str(mask)
-    original = open_image(mask, "mask")
-    if original.mode == "RGB" and (msrc_ids(original) == UNKNOWN).any():
-        return STRANGE_COLOURS, str(mask)
+    if mask.suffix == ".bmp":
+        original = open_image(mask, "mask")
+        if original.mode == "RGB" and (msrc_ids(original) == UNKNOWN).any():
+            return STRANGE_COLOURS, str(mask)
     return None
 
 

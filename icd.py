@@ -191,7 +191,7 @@ class ExternalDistillation(nn.Module):
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
             for module in self.project:
-                nn.init.orthogonal_(module.weight.flatten(1))
+                nn.init.orthogonal_(module.weight)
 
     def fuse(self, maps: list[Tensor]) -> list[Tensor]:
         """[B, width, h, w] per level but the top one: each holds all levels from it upwards."""
@@ -390,7 +390,8 @@ def main(args: argparse.Namespace) -> None:
         net = run.start(step, model, groups)
         for images, labels in run.batches():
             logits, new = net(images)
-            maps = chosen(maps_of(new), args.levels)
+            if train_attention or not first:
+                maps = chosen(maps_of(new), args.levels)
             if not first:
                 with torch.no_grad():
                     old_logits, old = old_model(images)

@@ -243,9 +243,6 @@ def main(args: argparse.Namespace) -> None:
                 with torch.no_grad():
                     old_logits, old = old_model(images)
                 encoder, old_encoder = (maps["stages"][-1].float() for maps in (new, old))
-                stages, old_stages = (
-                    [m.float() for m in maps["branches"][:4]] for maps in (new, old)
-                )
                 if args.output_kd:
                     losses["output"] = args.output_kd * output_distillation(
                         logits, old_logits, labels, args.temperature, args.student
@@ -254,8 +251,8 @@ def main(args: argparse.Namespace) -> None:
                     loss = encoder_distillation(encoder, old_encoder)
                     losses["encoder"] = args.encoder_kd * loss
                 if args.decoder_kd:
-                    loss = decoder_distillation(stages, old_stages)
-                    losses["decoder"] = args.decoder_kd * loss
+                    stages = ([m.float() for m in maps["branches"][:4]] for maps in (new, old))
+                    losses["decoder"] = args.decoder_kd * decoder_distillation(*stages)
                 if args.similarity_kd:
                     loss = similarity_distillation(encoder, old_encoder, args.similarity_form)
                     losses["similarity"] = args.similarity_kd * loss

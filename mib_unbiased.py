@@ -60,9 +60,9 @@ Differences between MiB's paper (p), the authors' code (c) and this file:
  2. Distillation. p: a sum over old classes, as far as we know; c: their mean. As c; so a weight of
     10 is 10 / 16 of the sum in VOC's 15-1.
  3. Weight. p: chosen on held-out images; c: 10. The author later gave 100 for 15-1 and 10 for the
-    other tasks (issues #22, #43, and MiB's second code): five steps of one class each forget at 10.
-    As the author. Plain distillation (LwF): c: 100; LwF-MC: 10, times the old channels, in c as
-    here.
+    other tasks (issues #22, #43, and MiB's second code): in his runs of 15-1 the old classes end at
+    37-42 with 100, at 37-39 with 10 (#22). As the author. Plain distillation (LwF): c: 100; LwF-MC:
+    10, times the old channels, in c as here.
  4. Void. c: background in VOC's training. As c (--void).
  5. Mean of cross-entropy. c: over all pixels; here over the valid ones. With 4. it is the same.
  6. Initialisation. c: the background's bias is lowered again in each step. As c.
@@ -282,7 +282,7 @@ def importance(run: common.Run, step: common.Step, old_model: nn.Module) -> dict
 
 
 def ewc_penalty(model: nn.Module, old_model: nn.Module, importance: dict[str, Tensor]) -> Tensor:
-    """EWC (Kirkpatrick et al., arXiv 1612.00796, Eq. 3): sum of F (theta - theta_old)^2."""
+    """EWC (Kirkpatrick et al., arXiv 1612.00796): the sum of F (theta - theta_old)^2."""
     new = dict(model.named_parameters())
     terms = (importance[k] * (new[k] - p) ** 2 for k, p in old_model.named_parameters())
     return sum(term.sum() for term in terms)
@@ -331,7 +331,7 @@ def main(args: argparse.Namespace) -> None:
         model.train()
         if args.init == "background" and not first:
             initialise(model)
-        memory = replay(run, step)
+        memory = replay(run, step) if args.replay else []
         weights = importance(run, step, old_model) if args.ewc and not first else None
         groups = parameter_groups(model, common.per_step(args.lr, step), args)
         net = run.start(step, model, groups, step_labels(run, step), memory)
@@ -387,12 +387,8 @@ class Pair(NamedTuple):
         return self.run.plan[0].last
 
 
-class Tally(dict):
-    """Confusion matrices by name."""
-
-    def add(self, name: object, labels: Tensor, predicted: Tensor, channels: int) -> None:
-        found = common.confusion_matrix(labels, predicted, channels)
-        self[name] = self[name] + found if name in self else found
+def accumulate(sums: dict, key: object, value: Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value
 
 
 def open_pair(folder: str, args: argparse.Namespace) -> Pair:
@@ -501,11 +497,12 @@ def old_pixels(pair: Pair) -> dict[str, dict[str, float]]:
     """R1 of each step: destinations in percent, and the old IoU of each counterfactual."""
     run, result = pair.run, {}
     for step in run.plan[: pair.step.index + 1]:
-        network, tally = parts(run.load(step)), Tally()
+        network, tally = parts(run.load(step)), {}
         for images, labels in test_batches(pair):
             scores = upsample(run, through(network, images))
             for name, predicted in counterfactuals(scores, labels, pair.base).items():
-                tally.add(name, labels, predicted, step.channels)
+                found = common.confusion_matrix(labels, predicted, step.channels)
+                accumulate(tally, name, found)
         mean = destinations(tally["as predicted"], pair.base).nanmean(0).tolist()
         ious = {f"IoU {name}": old_iou(c, pair.base) for name, c in tally.items()}
         result[f"step {step.index}"] = dict(zip(DESTINATIONS, mean, strict=True)) | ious
@@ -563,8 +560,7 @@ def fit_stitches(run: common.Run, networks: dict[str, list]) -> dict[tuple, list
             picked = pick(maps["first"][depth], len(chosen), FIT_PIXELS, rng)
             x = {name: m[depth].permute(0, 2, 3, 1)[picked] for name, m in maps.items()}
             for way in FITTED:
-                found = moments(x[way[0]], x[way[1]])
-                sums[way, depth] = sums[way, depth] + found if (way, depth) in sums else found
+                accumulate(sums, (way, depth), moments(x[way[0]], x[way[1]]))
     stitches: dict[tuple, list[Callable]] = {way: [] for way in FITTED}
     for (way, _), total in sums.items():
         weight, bias = least_squares(total, (len(total) - 1) // 2)
@@ -584,15 +580,16 @@ def recombined(pair: Pair) -> tuple[dict, dict]:
     models = {"first": pair.first, "last": pair.last, "untrained": run.build(run.plan[0]).eval()}
     networks = {name: parts(model) for name, model in models.items()}
     stitches = fit_stitches(run, networks)
-    first, last, tally = networks["first"], networks["last"], Tally()
+    first, last, tally = networks["first"], networks["last"], {}
     extended = Side([*first[-1], *last[-1][len(first[-1]) :]])  # and the classifiers learnt later
     backs = {"first": [*first[:-1], extended], "last": last}
     for images, labels in test_batches(pair):
 
         def add(name: tuple, small: Tensor, labels: Tensor = labels) -> None:
             scores = upsample(run, small)
-            tally.add((*name, "old"), labels, scores[:, : base + 1].argmax(1), channels)
-            tally.add((*name, "all"), labels, scores.argmax(1), channels)
+            for among, part in (("old", scores[:, : base + 1]), ("all", scores)):
+                found = common.confusion_matrix(labels, part.argmax(1), channels)
+                accumulate(tally, (*name, among), found)
 
         add(("model", "first"), pair.first(images)[1]["logits"])
         maps = {name: maps_of(network, images) for name, network in networks.items()}
@@ -666,9 +663,10 @@ def similarity(pair: Pair) -> dict[str, dict[str, list[float]]]:
                 "new": (truth > base) & (truth < IGNORE),
             }
             for (name, group), d in itertools.product(groups.items(), range(DRAWS)):
-                found = moments(x[group & (draw == d)], y[group & (draw == d)])
-                for key in ((name, depth, d), ("all", depth, d)):
-                    sums[key] = sums[key] + found if key in sums else found
+                here = group & (draw == d)
+                accumulate(sums, (name, depth, d), moments(x[here], y[here]))
+    for (_, depth, d), total in [*sums.items()]:
+        accumulate(sums, ("all", depth, d), total)
     result = {}
     for name in ("all", "background", "old", "new"):
         values = torch.tensor(
@@ -693,18 +691,20 @@ def classifier_bias(pair: Pair) -> dict:
     shift = biases[base + 1 :].mean() - biases[1 : base + 1].mean()
     ratio = norms[1 : base + 1].mean() / norms[base + 1 :].mean()
     sums = torch.zeros(channels, channels, dtype=torch.float64, device=run.device)
-    mass, pixels, tally = torch.zeros_like(sums[0]), torch.zeros_like(sums[0]), Tally()
+    mass, pixels, tally = torch.zeros_like(sums[0]), torch.zeros_like(sums[0]), {}
     for images, labels in test_batches(pair):
         scores = upsample(run, pair.last(images)[1]["logits"])
         old, new = scores[:, : base + 1], scores[:, base + 1 :]
         aligned = (new - biases[base + 1 :, None, None]) * ratio + biases[base + 1 :, None, None]
         for name, rest in (("as it is", new), ("bias", new - shift), ("norm", aligned)):
-            tally.add(name, labels, torch.cat([old, rest], 1).argmax(1), channels)
+            predicted = torch.cat([old, rest], 1).argmax(1)
+            accumulate(tally, name, common.confusion_matrix(labels, predicted, channels))
         best, own = old[:, 1:].max(1)
         rival, other = torch.cat([old[:, :1], new], 1).max(1)
         other = torch.where(other > 0, other + base, BACKGROUND)
         for offset in OFFSETS:
-            tally.add(offset, labels, torch.where(best > rival - offset, own + 1, other), channels)
+            predicted = torch.where(best > rival - offset, own + 1, other)
+            accumulate(tally, offset, common.confusion_matrix(labels, predicted, channels))
         flat, valid = scores.movedim(1, 3)[labels < channels], labels[labels < channels]
         sums.index_add_(0, valid, flat.double())
         pixels += valid.bincount(minlength=channels)
@@ -739,7 +739,7 @@ def classifier_bias(pair: Pair) -> dict:
 
 def statistics(pair: Pair) -> dict[str, float]:
     """R9: old IoU with BatchNorm's running statistics of another model, or of other images."""
-    run, base, tally = pair.run, pair.base, Tally()
+    run, base, tally = pair.run, pair.base, {}
     swapped, measured = copy.deepcopy(pair.last), copy.deepcopy(pair.first)
     running = {k: v for k, v in pair.first.state_dict().items() if ".running_" in k}
     swapped.load_state_dict(running, strict=False)
@@ -759,8 +759,9 @@ def statistics(pair: Pair) -> dict[str, float]:
     }
     for images, labels in test_batches(pair):
         for name, model in models.items():
-            scores = upsample(run, model(images)[1]["logits"])
-            tally.add(name, labels, scores.argmax(1), pair.step.channels)
+            predicted = upsample(run, model(images)[1]["logits"]).argmax(1)
+            found = common.confusion_matrix(labels, predicted, pair.step.channels)
+            accumulate(tally, name, found)
     return {name: old_iou(confusion, base) for name, confusion in tally.items()}
 
 
