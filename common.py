@@ -47,6 +47,7 @@ IGNORE = 255
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0 ... 1
 STD = (0.229, 0.224, 0.225)
 HERE = Path(__file__).resolve().parent
+STRIP = (2**20, 2**28)  # numbers in a full-size map of logits: what the CPU's cache holds; on cuda
 WINDOW = 10  # iterations per row of train.csv: the losses are read from the device once per window
 
 
@@ -613,12 +614,13 @@ class DeepLabV3(nn.Module):
             after.append(x)
         return after, before
 
-    def forward(self, images: Tensor) -> tuple[Tensor, dict]:
+    def forward(self, images: Tensor, upsample: bool = True) -> tuple[Tensor, dict]:
         """
         images      float [B, 3, H, W], normalised
-        returns     logits float32 [B, C, H, W], bilinearly upsampled, channel = class id; features:
-                    "stages", "before_relu" (4 maps each), "branches" (5 ASPP maps), "head"
-                    [B, D, h, w] (the classifiers' input), "logits" [B, C, h, w]
+        returns     logits float32 [B, C, H, W], channel = class id, bilinearly upsampled, or as
+                    they are, [B, C, h, w]; features: "stages", "before_relu" (4 maps each),
+                    "branches" (5 ASPP maps), "head" [B, D, h, w] (the classifiers' input), "logits"
+                    [B, C, h, w]
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
             after, before = self.stages(images)
@@ -626,7 +628,7 @@ class DeepLabV3(nn.Module):
             head = self.head(self.aspp.project(torch.cat(branches, 1)))
             small = torch.cat([classifier(head) for classifier in self.classifiers], 1)
         small = small.float().contiguous()  # not channels last: losses take slices of channels
-        logits = F.interpolate(small, images.shape[2:], mode="bilinear", align_corners=False)
+        logits = F.interpolate(small, images.shape[2:], mode="bilinear") if upsample else small
         maps = {"stages": after, "before_relu": before, "branches": branches}
         return logits, maps | {"head": head, "logits": small}
 
@@ -698,6 +700,13 @@ def averages(iou: Tensor, base: int, background: bool) -> dict[str, float]:
     old, new = iou[start : base + 1].nanmean().item(), iou[base + 1 :].nanmean().item()
     harmonic = 2 * old * new / (old + new) if old + new else 0.0
     return {"base": old, "new": new, "all": iou[start:].nanmean().item(), "harmonic": harmonic}
+
+
+def bilinear(maps: Tensor, dim: int, size: int) -> Tensor:
+    """[size, n]: the matrix by which bilinear upsampling multiplies a dimension of n to `size`."""
+    n = maps.shape[dim]
+    eye = torch.eye(n, device=maps.device, dtype=maps.dtype)
+    return F.interpolate(eye[None, None], (size, n), mode="bilinear")[0, 0]
 
 
 def most_likely(logits: Tensor) -> Tensor:
@@ -788,6 +797,16 @@ def per_step(values: Sequence, step: Step) -> float:
     return values[0] if step.index == 0 else values[-1]
 
 
+class Strip(NamedTuple):
+    """Some rows of a batch at full size. A mean over them counts as much as the part they are."""
+
+    labels: Tensor  # int64 [B, r, W]
+    logits: Tensor  # float [B, C, r, W]
+    old_logits: Tensor | None  # float [B, O, r, W]
+    valid: Tensor  # the part of the batch's valid pixels that lies in these rows
+    all: float  # the part of all its pixels
+
+
 class Run:
     """A run of a method over the steps of a task: all that is the same for every method.
 
@@ -795,7 +814,9 @@ class Run:
         old_model, model = run.models(step)
         net = run.start(step, model, groups)      # optimiser; goes on inside an unfinished step
         for images, labels in run.batches():
-            run.update(losses)
+            for part in run.strips(labels, logits, old_logits):
+                run.add(losses)                   # of full-size logits
+            run.update(losses)                    # and all others
         run.finish(model)                         # checkpoint, metrics, pictures
 
     predict     logits [B, C, H, W] -> class ids [B, H, W]
@@ -817,6 +838,7 @@ class Run:
         name = f"{args.method}-{args.dataset}-{args.task}-{args.setting}-s{args.seed}"
         self.folder = Path(args.out) / (name + "-dry" * args.dry_run)
         self.results: list[dict] = []
+        self.added: dict[str, Tensor] = {}
 
     def steps(self) -> Iterator[Step]:
         """The steps left to train, and the report after them. --eval and --predict leave none."""
@@ -1021,14 +1043,45 @@ class Run:
         pictures = pictures.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
         return (pictures - self.mean) / self.std
 
+    def strips(self, labels: Tensor, logits: Tensor, old_logits: Tensor | None = None) -> Iterator:
+        """The batch at full size, a strip of rows at a time: no full-size map is kept or even made.
+
+        labels                  int64 [B, H, W]
+        logits, old_logits      float [B, C, h, w] and [B, O, h, w], not upsampled
+        yields                  Strip; what bilinear upsampling gives for the batch, row by row
+        """
+        self.small, self.leaf = logits, logits.detach().requires_grad_()
+        height, width = labels.shape[1:]
+        down, across = bilinear(logits, 2, height), bilinear(logits, 3, width).T
+        valid = labels != IGNORE
+        count = valid.sum().clamp(min=1)
+        numbers = STRIP[logits.device.type == "cuda"]
+        rows = max(1, numbers // (logits.shape[0] * logits.shape[1] * width))
+        for top in range(0, height, rows):
+            here = slice(top, min(top + rows, height))
+            new = down[here] @ self.leaf @ across
+            old = None if old_logits is None else down[here] @ old_logits @ across
+            shown, part = valid[:, here].sum() / count, (here.stop - top) / height
+            yield Strip(labels[:, here], new, old, shown, part)
+
+    def add(self, losses: dict[str, Tensor]) -> None:
+        """A strip's losses: their gradient is taken here, down to the logits before upsampling."""
+        sum(losses.values()).backward()
+        for name, loss in losses.items():
+            self.added[name] = self.added.get(name, 0) + loss.detach()
+
     def update(self, losses: dict[str, Tensor]) -> None:
-        """An optimiser step on the sum of the losses, at the poly schedule's rate."""
+        """An optimiser step on the sum of the losses and those of add(), at the schedule's rate."""
         factor = poly(self.iteration, self.total, self.args.warmup)
         for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
             group["lr"] = rate * factor
         self.optimizer.zero_grad(set_to_none=True)
-        sum(losses.values()).backward()
+        total = sum(losses.values())
+        if self.added:  # this product's gradient is the one that add() has taken
+            total = total + (self.small * self.leaf.grad).sum()
+        total.backward()
         self.optimizer.step()
+        losses, self.added = self.added | losses, {}
         self.window.append(torch.stack([loss.detach() for loss in losses.values()]))
         self.iteration += 1
         if self.iteration % WINDOW == 0 or self.iteration == self.total:

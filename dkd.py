@@ -270,18 +270,24 @@ def main(args: argparse.Namespace) -> None:
         groups = parameter_groups(model, common.per_step(args.lr, step), args, first)
         gamma = common.per_step(args.positive_weight, step)
         old, new = slice(1, step.first), slice(step.first, step.channels)  # channels
+        teach = not first and bool(args.alpha or args.beta)
         labels = run.labels(step)
         net = run.start(step, model, groups, labels, [(i, labels) for i in memory])
         for images, labels in run.batches():
-            logits, features = net(images)
-            losses = {
-                "mbce": mbce(logits[:, new], labels, step.first, gamma, ignore=IGNORE),
-                "ac": auxiliary_loss(logits[:, :1]),
-            }
-            if not first and (args.alpha or args.beta):
+            logits, features = net(images, upsample=False)
+            old_logits, losses = None, {}
+            if teach:
                 with torch.no_grad():
-                    old_logits, old_features = old_model(images)
-                losses["kd"] = args.alpha * kd(logits[:, old], old_logits[:, old])
+                    old_logits, old_features = old_model(images, upsample=False)
+            for part in run.strips(labels, logits, old_logits):
+                new_class = mbce(part.logits[:, new], part.labels, step.first, gamma, ignore=IGNORE)
+                dense = {"mbce": part.valid * new_class}
+                dense["ac"] = part.all * auxiliary_loss(part.logits[:, :1])
+                if teach:
+                    distance = kd(part.logits[:, old], part.old_logits[:, old])
+                    dense["kd"] = part.all * args.alpha * distance
+                run.add(dense)
+            if teach:
                 weight, old_weight = model.weight()[old], old_model.weight()[old]
                 f, old_f = features["head"].float(), old_features["head"].float()
                 positive, negative = decomposed_kd(f, weight, old_f, old_weight)

@@ -242,24 +242,28 @@ def local_pod(
 
 def entropy(logits: Tensor) -> Tensor:
     """Of the softmax, 0 ... 1: [B, H, W]."""
-    p = logits.softmax(1)
-    return (logits.logsumexp(1) - (p * logits).sum(1)) / math.log(max(2, logits.shape[1]))
+    return torch.special.entr(logits.softmax(1)).sum(1) / math.log(max(2, logits.shape[1]))
 
 
-def pseudo_labels(labels: Tensor, old_logits: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+def pseudo_labels(labels: Tensor, old_logits: Tensor, thresholds: Tensor) -> Tensor:
     """PLOP: background takes the old model's prediction where that is sure, else it is ignored.
 
     labels      int64 [B, H, W], 0 = background
     old_logits  float [B, O, H, W]
     thresholds  float [O]: sure is an entropy below that of the predicted class
-    returns     labels [B, H, W]; the part of each image's background that is sure [B], 1 where
-                there is no background
+    returns     int64 [B, H, W]
     """
     background, predicted = labels == BACKGROUND, old_logits.argmax(1)
     sure = background & (entropy(old_logits) < thresholds[predicted])
-    found = torch.where(background, torch.where(sure, predicted, IGNORE), labels)
-    pixels, all_pixels = sure.sum((1, 2)), background.sum((1, 2))
-    return found, torch.where(all_pixels > 0, pixels / all_pixels.clamp(min=1), 1.0)
+    return torch.where(background, torch.where(sure, predicted, IGNORE), labels)
+
+
+def sure_share(labels: Tensor, pseudo: Tensor) -> Tensor:
+    """PLOP: the part of each image's background that has got a pseudo-label [B]; none there: 1."""
+    background = labels == BACKGROUND
+    count = background.sum((1, 2))
+    sure = (background & (pseudo != IGNORE)).sum((1, 2))
+    return torch.where(count > 0, sure / count.clamp(min=1), 1.0)
 
 
 def adaptive_cross_entropy(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
@@ -389,20 +393,30 @@ def main(args: argparse.Namespace) -> None:
         groups = parameter_groups(model, common.per_step(args.lr, step), args)
         net = run.start(step, model, groups)
         for images, labels in run.batches():
-            logits, new = net(images)
+            logits, new = net(images, upsample=False)
+            old_logits, targets, losses = None, labels, {}
             if train_attention or not first:
                 maps = chosen(maps_of(new), args.levels)
             if not first:
                 with torch.no_grad():
-                    old_logits, old = old_model(images)
+                    old_logits, old = old_model(images, upsample=False)
+                    if plop:
+                        strips = run.strips(labels, old_logits)
+                        pseudo = [pseudo_labels(p.labels, p.logits, thresholds) for p in strips]
+                        targets = torch.cat(pseudo, 1)
+                        share = sure_share(labels, targets)
                 old_maps = chosen(maps_of(old), args.levels)
-            if plop:
-                pseudo, share = pseudo_labels(labels, old_logits, thresholds)
-                losses = {"ce": adaptive_cross_entropy(logits, pseudo, share)}
-            else:
-                losses = {"ce": unbiased_cross_entropy(logits, labels, step.first)}
-                if not first:
-                    losses["kd"] = args.kd_weight * unbiased_distillation(logits, old_logits)
+            for part in run.strips(targets, logits, old_logits):
+                if plop:
+                    ce = adaptive_cross_entropy(part.logits, part.labels, share)
+                    dense = {"ce": part.all * ce}
+                else:
+                    ce = unbiased_cross_entropy(part.logits, part.labels, step.first)
+                    dense = {"ce": part.valid * ce}
+                if not first and not plop:
+                    kd = unbiased_distillation(part.logits, part.old_logits)
+                    dense["kd"] = part.all * args.kd_weight * kd
+                run.add(dense)
             if train_attention:
                 small = model.auxiliary(external.fuse(maps)[0])
                 auxiliary = F.interpolate(small, labels.shape[1:], mode="bilinear")

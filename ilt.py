@@ -237,16 +237,29 @@ def main(args: argparse.Namespace) -> None:
         weights = (args.output_kd, args.encoder_kd, args.decoder_kd, args.similarity_kd)
         teach = not first and any(weights)
         for images, labels in run.batches():
-            logits, new = net(images)
-            losses = {"ce": cross_entropy(logits, labels)}
+            logits, new = net(images, upsample=False)
+            old_logits, losses = None, {}
             if teach:
                 with torch.no_grad():
-                    old_logits, old = old_model(images)
-                encoder, old_encoder = (maps["stages"][-1].float() for maps in (new, old))
-                if args.output_kd:
-                    losses["output"] = args.output_kd * output_distillation(
-                        logits, old_logits, labels, args.temperature, args.student
+                    old_logits, old = old_model(images, upsample=False)
+            for part in run.strips(labels, logits, old_logits):
+                dense = {"ce": part.valid * cross_entropy(part.logits, part.labels)}
+                if teach and args.output_kd:
+                    counted = part.valid if args.student == "all" else part.all
+                    dense["output"] = (
+                        counted
+                        * args.output_kd
+                        * output_distillation(
+                            part.logits,
+                            part.old_logits,
+                            part.labels,
+                            args.temperature,
+                            args.student,
+                        )
                     )
+                run.add(dense)
+            if teach:
+                encoder, old_encoder = (maps["stages"][-1].float() for maps in (new, old))
                 if args.encoder_kd:
                     loss = encoder_distillation(encoder, old_encoder)
                     losses["encoder"] = args.encoder_kd * loss

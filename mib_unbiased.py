@@ -338,18 +338,24 @@ def main(args: argparse.Namespace) -> None:
         teach = not first and (args.kd != "none" or args.labels == "pseudo")
         old = step.first if args.ce == "unbiased" else 1  # in step 0 both are 1
         for images, labels in run.batches():
-            logits, _ = net(images)
+            logits, _ = net(images, upsample=False)
+            old_logits, losses = None, {}
             if teach:
                 with torch.no_grad():
-                    old_logits, _ = old_model(images)
-                if args.labels == "pseudo":
-                    labels = torch.where(labels == BACKGROUND, old_logits.argmax(1), labels)
-            if args.ce == "binary":
-                losses = {"ce": binary_cross_entropy(logits, labels)}
-            else:
-                losses = {"ce": unbiased_cross_entropy(logits, labels, old, keep=True)}
-            if teach and args.kd != "none":
-                losses["kd"] = args.kd_weight * DISTIL[args.kd](logits, old_logits, args.alpha)
+                    old_logits, _ = old_model(images, upsample=False)
+            for part in run.strips(labels, logits, old_logits):
+                labels = part.labels
+                if teach and args.labels == "pseudo":
+                    labels = torch.where(labels == BACKGROUND, part.old_logits.argmax(1), labels)
+                if args.ce == "binary":
+                    ce = binary_cross_entropy(part.logits, labels)
+                else:
+                    ce = unbiased_cross_entropy(part.logits, labels, old, keep=True)
+                dense = {"ce": part.valid * ce}
+                if teach and args.kd != "none":
+                    kd = DISTIL[args.kd](part.logits, part.old_logits, args.alpha)
+                    dense["kd"] = part.all * args.kd_weight * kd
+                run.add(dense)
             if args.ewc and not first:
                 losses["ewc"] = args.ewc * ewc_penalty(model, old_model, weights)
             run.update(losses)

@@ -129,6 +129,7 @@ def test_the_seed_leaves_other_random_numbers_alone():
     [
         "entropy",
         "pseudo_labels",
+        "sure_share",
         "adaptive_cross_entropy",
         "median_entropies",
         "unbiased_cross_entropy",

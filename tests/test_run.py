@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import trees
 from PIL import Image
 from trees import CLASSES, METHODS, SMALL, TINY
@@ -244,6 +245,38 @@ def test_every_method_runs_on_msrc_with_masked_labels(start, tmp_path, method, s
     assert (status, err) == (0, "")
     last = results(Path(f"runs/{method}-msrc-20-1-{setting}-s0"))[-1]
     assert last["iou"]["background"] is None and last["pixel_accuracy"] is not None
+
+
+@pytest.mark.parametrize("numbers", [1, 3000, 2**20])
+def test_strips_are_the_batch_at_full_size(monkeypatch, numbers):
+    """Logits, losses and gradients of a batch in strips equal those of the batch in one piece."""
+    monkeypatch.setattr(common, "STRIP", (numbers, numbers))
+    torch.manual_seed(0)
+    small, old = torch.randn(2, 5, 4, 3, dtype=torch.float64), torch.randn(2, 3, 4, 3).double()
+    labels = torch.randint(0, 5, (2, 30, 41))
+    labels[:, :7], labels[0, 20:] = 255, 255
+    whole = small.clone().requires_grad_()
+    z, z_old = (F.interpolate(maps, (30, 41), mode="bilinear") for maps in (whole, old))
+    expected = {"ce": F.cross_entropy(z, labels, ignore_index=255), "kd": (z[:, :3] * z_old).mean()}
+    run, parts = object.__new__(common.Run), []
+    run.added, leaf = {}, small.clone().requires_grad_()
+    for part in run.strips(labels, leaf, old):
+        parts.append(part)
+        valid = (part.labels != 255).any()
+        ce = F.cross_entropy(part.logits, part.labels, ignore_index=255) if valid else 0
+        run.add(
+            {"ce": part.valid * ce, "kd": part.all * (part.logits[:, :3] * part.old_logits).mean()}
+        )
+    assert torch.allclose(torch.cat([p.logits for p in parts], 2), z)
+    assert torch.allclose(torch.cat([p.old_logits for p in parts], 2), z_old)
+    assert torch.equal(torch.cat([p.labels for p in parts], 1), labels)
+    assert sum(p.valid for p in parts).item() == pytest.approx(1)
+    assert sum(p.all for p in parts) == pytest.approx(1)
+    assert len(parts) == {1: 30, 3000: 5, 2**20: 1}[numbers]
+    sum(expected.values()).backward()
+    assert torch.allclose(run.leaf.grad, whole.grad)
+    for name, value in expected.items():
+        assert run.added[name].item() == pytest.approx(value.item())
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(start):

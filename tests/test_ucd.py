@@ -225,10 +225,12 @@ def test_pseudo_labels_take_what_is_sure():
     labels = torch.tensor([[[0, 0, 0, 3]]])
     thresholds = torch.tensor([0.5, 0.6, 0.5])
     assert ucd.entropy(torch.zeros(1, 4, 1, 1)).item() == pytest.approx(1)
-    found, share = ucd.pseudo_labels(labels, z_old, thresholds)
-    assert found.flatten().tolist() == [0, 1, 255, 3] and share.item() == pytest.approx(2 / 3)
-    found, share = ucd.pseudo_labels(labels + 3, z_old, thresholds)
-    assert found.flatten().tolist() == [3, 3, 3, 6] and share.item() == 1
+    found = ucd.pseudo_labels(labels, z_old, thresholds)
+    assert found.flatten().tolist() == [0, 1, 255, 3]
+    assert ucd.sure_share(labels, found).item() == pytest.approx(2 / 3)
+    found = ucd.pseudo_labels(labels + 3, z_old, thresholds)
+    assert found.flatten().tolist() == [3, 3, 3, 6]
+    assert ucd.sure_share(labels + 3, found).item() == 1
     z = torch.randn(1, 4, 1, 4)
     weighed = ucd.adaptive_cross_entropy(z, labels, torch.tensor([0.5]))
     assert weighed.item() == pytest.approx(0.5 * F.cross_entropy(z, labels).item(), rel=1e-5)

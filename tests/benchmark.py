@@ -1,0 +1,330 @@
+"""Times and memory, as tables: python tests/benchmark.py losses contrast loader
+
+Ours always stands beside something else measured in the same minutes: machines are noisy. On cuda
+where there is one, else on the CPU. No test runs this. The loader needs --data DIR, with VOC 2012.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import multiprocessing
+import resource
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common
+import dkd
+import ilt
+import mib_unbiased as mib
+import ucd
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def seconds(work: Callable, repeats: int = 3) -> float:
+    """The fastest of some repeats, after one that does not count."""
+    best = math.inf
+    for repeat in range(repeats + 1):
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        begun = time.perf_counter()
+        work()
+        if DEVICE == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - begun) if repeat else best
+    return best
+
+
+class Kept:
+    """Counts the bytes that autograd holds for backward at some moment."""
+
+    class Box:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor = tensor
+
+    def __init__(self) -> None:
+        self.boxes: weakref.WeakSet = weakref.WeakSet()
+
+    def pack(self, tensor: Tensor) -> Box:
+        box = self.Box(tensor)
+        self.boxes.add(box)
+        return box
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, lambda box: box.tensor)
+
+    def mebibytes(self) -> float:
+        storages = {b.tensor.untyped_storage().data_ptr(): b.tensor for b in self.boxes}
+        return sum(t.untyped_storage().nbytes() for t in storages.values()) / 2**20
+
+
+def row(*cells: object) -> None:
+    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def header(*cells: str) -> None:
+    row(*cells)
+    row(*["---"] * len(cells))
+
+
+# --------------------------------------------------------------------------------------- losses
+
+# The formulas as a textbook has them, on full-size maps: probabilities of every class, one-hot
+# targets. Each takes logits, old logits, labels, the number of old channels.
+
+
+def one_hot(labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:
+    valid = labels != common.IGNORE
+    hot = F.one_hot(torch.where(valid, labels, 0), classes).permute(0, 3, 1, 2).float()
+    return hot * valid[:, None], valid.sum()
+
+
+def textbook_mib(z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> Tensor:
+    hot, count = one_hot(labels, z.shape[1])
+    p = z.softmax(1)
+    merged = torch.cat([p[:, :old].sum(1, keepdim=True), p[:, 1:]], 1)
+    ce = -(hot * merged.log()).sum() / count
+    background = torch.cat([p[:, :1], p[:, old:]], 1).sum(1, keepdim=True)
+    kept = torch.cat([background, p[:, 1:old]], 1)
+    return ce - (old_z.softmax(1) * kept.log()).sum(1).mean() / old
+
+
+def textbook_ilt(z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> Tensor:
+    hot, count = one_hot(labels, z.shape[1])
+    log_p = z.log_softmax(1)
+    distance = -(old_z.softmax(1) * log_p[:, :old]).sum(1)
+    return -(hot * log_p).sum() / count + (distance * (labels != common.IGNORE)).sum() / count
+
+
+def textbook_dkd(z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> Tensor:
+    hot, count = one_hot(labels, z.shape[1])
+    target, p = hot[:, old:], z.sigmoid()
+    bce = -(target * p[:, old:].log() + (1 - target) * (1 - p[:, old:]).log()).sum(1)
+    q, p_old = old_z[:, 1:].sigmoid(), p[:, 1:old]
+    distance = -(q * p_old.log() + (1 - q) * (1 - p_old).log()).sum(1).mean()
+    auxiliary = -(1 - p[:, 0]).log().mean()
+    return (bce * (labels != common.IGNORE)).sum() / count + distance + auxiliary
+
+
+def textbook_plop(z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> Tensor:
+    p = old_z.softmax(1)
+    entropy = -(p * p.log()).sum(1) / math.log(old)
+    sure, background = entropy < 0.9, labels == common.BACKGROUND
+    known = torch.where(background, torch.where(sure, p.argmax(1), common.IGNORE), labels)
+    share = (background & sure).sum((1, 2)) / background.sum((1, 2)).clamp(min=1)
+    hot, _ = one_hot(known, z.shape[1])
+    return (-(hot * z.log_softmax(1)).sum(1) * share[:, None, None]).mean()
+
+
+def lean_mib(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> None:
+    for part in run.strips(labels, z, old_z):
+        ce = mib.unbiased_cross_entropy(part.logits, part.labels, old)
+        kd = mib.unbiased_distillation(part.logits, part.old_logits)
+        run.add({"loss": part.valid * ce + part.all * kd})
+
+
+def lean_ilt(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> None:
+    for part in run.strips(labels, z, old_z):
+        kd = ilt.output_distillation(part.logits, part.old_logits, part.labels)
+        run.add({"loss": part.valid * (ilt.cross_entropy(part.logits, part.labels) + kd)})
+
+
+def lean_dkd(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> None:
+    for part in run.strips(labels, z, old_z):
+        bce = dkd.mbce(part.logits[:, old:], part.labels, old, 1.0, common.IGNORE)
+        rest = dkd.kd(part.logits[:, 1:old], part.old_logits[:, 1:])
+        rest = rest + dkd.auxiliary_loss(part.logits[:, :1])
+        run.add({"loss": part.valid * bce + part.all * rest})
+
+
+def lean_plop(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> None:
+    thresholds = torch.full((old,), 0.9, device=z.device)
+    with torch.no_grad():
+        strips = run.strips(labels, old_z)
+        known = [ucd.pseudo_labels(p.labels, p.logits, thresholds) for p in strips]
+    targets = torch.cat(known, 1)
+    share = ucd.sure_share(labels, targets)
+    for part in run.strips(targets, z):
+        run.add({"loss": part.all * ucd.adaptive_cross_entropy(part.logits, part.labels, share)})
+
+
+def losses(args: argparse.Namespace) -> None:
+    """Each method's losses of full-size logits, upsampling included, beside the textbook's."""
+    print(
+        f"\nLosses, forward and backward, {args.size} x {args.size}, batch {args.batch}, {DEVICE}"
+    )
+    names = "textbook, MiB kept", "ours, MiB kept", "of it"
+    header("method", "classes", "textbook, s", "ours, s", "times as fast", *names)
+    for classes, old in ((21, 16), (151, 101)):
+        for case in (
+            ("mib_unbiased, ucd, icd on MiB", textbook_mib, lean_mib),
+            ("ilt", textbook_ilt, lean_ilt),
+            ("dkd", textbook_dkd, lean_dkd),
+            ("ucd, icd on PLOP", textbook_plop, lean_plop),
+        ):
+            row(case[0], classes, *compare(*case[1:], classes, old, args))
+
+
+def compare(textbook: Callable, lean: Callable, classes: int, old: int, args) -> list[str]:
+    torch.manual_seed(0)
+    side, shape = args.size // 16, (args.batch, args.size, args.size)
+    new, before = (torch.randn(args.batch, n, side, side, device=DEVICE) for n in (classes, old))
+    labels = torch.randint(0, classes, shape, device=DEVICE)
+    labels = torch.where(labels < old, 0, labels)
+    labels[:, :8] = common.IGNORE
+    run = object.__new__(common.Run)  # strips() and add() need nothing else of it
+
+    def theirs() -> tuple[Tensor, Tensor]:
+        small = new.clone().requires_grad_()
+        full = (F.interpolate(maps, shape[1:], mode="bilinear") for maps in (small, before))
+        return textbook(*full, labels, old), small
+
+    def ours() -> tuple[Tensor, Tensor]:
+        small, run.added = new.clone().requires_grad_(), {}
+        lean(run, small, before, labels, old)
+        product = (small * run.leaf.grad).sum()  # as in Run.update
+        return run.added["loss"] + product - product.detach(), small
+
+    found = []
+    for work in (theirs, ours):
+        kept = Kept()
+        with kept.hooks():
+            loss, small = work()
+        held = kept.mebibytes()
+        loss.backward()
+        time_taken = seconds(lambda work=work: work()[0].backward(), args.repeats)
+        found.append((loss.item(), small.grad, time_taken, held))
+    (loss, gradient, slow, much), (value, other, fast, little) = found
+    assert abs(loss - value) < 1e-5 * abs(loss)
+    assert (gradient - other).norm() < 1e-4 * gradient.norm()
+    times = f"{slow:.2f}", f"{fast:.2f}", f"{slow / fast:.1f}"
+    return [*times, f"{much:.0f}", f"{little:.1f}", f"1/{much / little:.0f}"]
+
+
+# ------------------------------------------------------------------------------------- contrast
+
+
+def straightforward(features, old_features, labels, old_logits, temperature=0.07) -> Tensor:
+    """ucd.contrastive_distillation with all pairs at once, every pixel unlabelled foreground."""
+    flat = [maps.permute(0, 2, 3, 1).flatten(0, 2) for maps in (features, old_features, old_logits)]
+    anchors, p = F.normalize(flat[0], dim=1), flat[2].softmax(1)
+    keys = torch.cat([anchors, F.normalize(flat[1], dim=1)]).detach()
+    predicted = flat[2].argmax(1)
+    same = predicted[:, None] == predicted.repeat(2)
+    weight = p @ p.repeat(2, 1).T
+    similar = (anchors @ keys.T / temperature).exp()
+    negative = (similar * ~same).sum(1, keepdim=True)
+    loss = -(similar / (similar + negative)).log() * weight
+    positive = same & ~torch.eye(len(anchors), 2 * len(anchors), dtype=torch.bool, device=DEVICE)
+    count = positive.sum(1)
+    return ((loss * positive).sum(1) / count.clamp(min=1)).sum() / (count > 0).sum()
+
+
+def measure_contrast(form: str, anchors: int) -> tuple[float, float, float]:
+    """Value, seconds, and how much the process grows in MiB."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    shape = (1, 256, 32, anchors // 32)
+    features, old_features = (torch.randn(shape, device=DEVICE) for _ in range(2))
+    old_logits = torch.randn(1, 21, *shape[2:], device=DEVICE)
+    old_logits[:, 0] = -100  # all are foreground
+    labels = torch.zeros(1, *shape[2:], dtype=torch.int64, device=DEVICE)
+    work = {"ours": ucd.contrastive_distillation, "straightforward": straightforward}[form]
+    work(features[..., :1], old_features[..., :1], labels[..., :1], old_logits[..., :1])
+
+    def peak() -> float:
+        if DEVICE == "cuda":
+            return torch.cuda.max_memory_allocated() / 2**20
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+    before, begun = peak(), time.perf_counter()
+    loss = work(features.requires_grad_(), old_features, labels, old_logits)
+    loss.backward()
+    return loss.item(), time.perf_counter() - begun, peak() - before
+
+
+def contrast(args: argparse.Namespace) -> None:
+    """UCD's contrast against the number of anchors; as many old features, 256 channels."""
+    print(f"\nContrastive distillation, forward and backward, float32, {DEVICE}, one thread")
+    header("anchors", "straightforward, s", "MiB", "ours, s", "MiB")
+    context = multiprocessing.get_context("spawn")
+    for anchors in (1024, 2048, 4096, 8192, 16384, 24576):
+        cells, values = [], []
+        for form in ("straightforward", "ours"):
+            if form == "straightforward" and anchors > args.most:
+                cells += ["-", "-"]
+                continue
+            with ProcessPoolExecutor(1, context) as fresh:  # a process of its own has a peak too
+                value, spent, peak = fresh.submit(measure_contrast, form, anchors).result()
+            values.append(value)
+            cells += [f"{spent:.2f}", f"{peak:.0f}"]
+        assert max(values) - min(values) < 1e-4 * max(values)
+        row(anchors, *cells)
+
+
+# --------------------------------------------------------------------------------------- loader
+
+
+def whole_then_crop(sample: tuple, crop: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """The usual loader: the whole picture scaled by 0.5-2, cropped, normalised, float."""
+    picture, mask = (Image.open(path) for path in sample)
+    scale = max(rng.uniform(0.5, 2), crop / min(picture.size))
+    size = [max(crop, round(side * scale)) for side in picture.size]
+    picture = picture.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+    mask = mask.resize(size, Image.Resampling.NEAREST)
+    left, top = (int(rng.integers(0, side - crop + 1)) for side in size)
+    box = (left, top, left + crop, top + crop)
+    pixels = torch.from_numpy(np.array(picture.crop(box))).permute(2, 0, 1).float() / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (common.MEAN, common.STD))
+    return (pixels - mean) / std, torch.from_numpy(np.array(mask.crop(box))).long()
+
+
+def loader(args: argparse.Namespace) -> None:
+    """Images per second of one process on real pictures."""
+    source = common.open_source("voc", args.data, 0.0)
+    samples = source.train[: args.pictures]
+    view = common.View(samples, np.arange(256, dtype=np.uint8), args.size, (0, 0))
+    rng = np.random.default_rng(0)
+    torch.set_num_threads(1)
+
+    def usual() -> None:
+        for sample in samples:
+            whole_then_crop(sample, args.size, rng)
+
+    def ours() -> None:
+        for i in range(len(samples)):
+            view[0, i]
+
+    print(f"\nLoader, {len(samples)} pictures of {source.where}, crop {args.size}, one process")
+    header("resize all, crop, float: images/s", "ours: images/s", "times as fast")
+    slow, fast = (seconds(work, args.repeats) for work in (usual, ours))
+    row(f"{len(samples) / slow:.0f}", f"{len(samples) / fast:.0f}", f"{slow / fast:.2f}")
+
+
+if __name__ == "__main__":
+    tables = {table.__name__: table for table in (losses, contrast, loader)}
+    flags = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    flags.add_argument("tables", nargs="+", choices=tables)
+    flags.add_argument("--size", type=int, default=512, help="side of the pictures (512)")
+    flags.add_argument("--batch", type=int, default=2, help="of the losses (2)")
+    flags.add_argument("--repeats", type=int, default=2, help="the fastest counts (2)")
+    most = "anchors up to which all pairs at once are tried (8192)"
+    flags.add_argument("--most", type=int, default=8192, help=most)
+    flags.add_argument("--data", default="data", help="of the loader (data)")
+    flags.add_argument("--pictures", type=int, default=100, help="of the loader (100)")
+    given = flags.parse_args()
+    for name in given.tables:
+        tables[name](given)
