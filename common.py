@@ -47,7 +47,7 @@ IGNORE = 255
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0 ... 1
 STD = (0.229, 0.224, 0.225)
 HERE = Path(__file__).resolve().parent
-STRIP = (2**20, 2**28)  # numbers in a full-size map of logits: what the CPU's cache holds; on cuda
+STRIP = (2**20, 2**28)  # numbers at a time in full-size maps: what the CPU's cache holds; on cuda
 WINDOW = 10  # iterations per row of train.csv: the losses are read from the device once per window
 
 
@@ -1055,7 +1055,7 @@ class Run:
         down, across = bilinear(logits, 2, height), bilinear(logits, 3, width).T
         valid = labels != IGNORE
         count = valid.sum().clamp(min=1)
-        numbers = STRIP[logits.device.type == "cuda"]
+        numbers = STRIP[logits.is_cuda]
         rows = max(1, numbers // (logits.shape[0] * logits.shape[1] * width))
         for top in range(0, height, rows):
             here = slice(top, min(top + rows, height))

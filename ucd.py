@@ -63,7 +63,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import common
 from common import BACKGROUND, IGNORE
@@ -99,7 +98,6 @@ RECIPE["shapes"] = RECIPE["voc"] | {
     "weights": "none",
     "output_stride": 8,
 }
-BLOCK = 512  # anchors whose similarities are in memory at a time
 BINS = 1000  # of the histograms from which the medians are read
 
 
@@ -124,7 +122,7 @@ def contrastive_distillation(
     published_shift the largest similarity is taken from the positives alone (difference 1)
     returns         scalar: mean over the anchors that have a positive, nats; none: 0 with a
                     gradient path. The gradient reaches the anchors only. Time grows with the square
-                    of the number of anchors, memory with their number
+                    of their number, memory with the number
     """
     labels = F.interpolate(labels[:, None].double(), features.shape[2:])[:, 0].long()
     known = labels != BACKGROUND
@@ -158,10 +156,16 @@ def contrastive_distillation(
         loss = loss.masked_fill(~positive, 0).sum(1)
         return (loss / positive.sum(1).clamp(min=1)).sum()
 
-    total = anchors.sum() * 0
-    for start in range(0, len(anchors), BLOCK):  # the similarities are computed again in backward
-        block = anchors[start : start + BLOCK]
-        total = total + checkpoint(sum_of, block, start, use_reentrant=False)
+    rows = max(1, common.STRIP[anchors.is_cuda] // max(1, len(keys)))
+    total, leaf = anchors.sum() * 0, anchors.detach().requires_grad_()
+    for start in range(0, len(anchors), rows):  # a block's gradient is taken at once, none is kept
+        with torch.enable_grad():
+            loss = sum_of(leaf[start : start + rows], start)
+            loss.backward()
+        total = total + loss.detach()
+    if len(anchors):
+        product = (anchors * leaf.grad).sum()  # its gradient is the one just taken
+        total = total + product - product.detach()
     with_positive = key_labels.bincount()[labels] > 1
     return total / with_positive.sum().clamp(min=1)
 

@@ -1,4 +1,4 @@
-"""Times and memory, as tables: python tests/benchmark.py losses contrast loader
+"""Times and memory, as tables: python tests/benchmark.py losses contrast loader gradients
 
 Ours always stands beside something else measured in the same minutes: machines are noisy. On cuda
 where there is one, else on the CPU. No test runs this. The loader needs --data DIR, with VOC 2012.
@@ -7,10 +7,12 @@ where there is one, else on the CPU. No test runs this. The loader needs --data 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import multiprocessing
 import resource
 import sys
+import tempfile
 import time
 import weakref
 from collections.abc import Callable
@@ -27,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 import dkd
+import icd
 import ilt
 import mib_unbiased as mib
 import ucd
@@ -314,8 +317,48 @@ def loader(args: argparse.Namespace) -> None:
     row(f"{len(samples) / slow:.0f}", f"{len(samples) / fast:.0f}", f"{slow / fast:.2f}")
 
 
+# ---------------------------------------------------------------------------------------- icd
+
+
+class Enough(Exception):
+    """The measurement is done."""
+
+
+def gradients(args: argparse.Namespace) -> None:
+    """ICD's terms: the root mean square of their gradients by each part's weights, in step 1."""
+    parts = ("trunk.layer1", "trunk.layer2", "trunk.layer3", "trunk.layer4", "aspp", "head")
+    update = common.Run.update
+
+    def measure(run: common.Run, terms: dict[str, Tensor]) -> None:
+        if run.step.index == 0 or run.iteration not in (1, 10, 100):
+            return update(run, terms)
+        for term in ("internal", "external"):
+            cells = []
+            for part in parts:
+                weights = [p for n, p in run.model.named_parameters() if n.startswith(part)]
+                found = torch.autograd.grad(terms[term], weights, retain_graph=True)
+                flat = torch.cat([g.flatten() for g in found])
+                cells.append(f"{flat.square().mean().sqrt():.1e}")
+            row(term, run.iteration, *cells)
+        if run.iteration == 100:
+            raise Enough
+        update(run, terms)
+
+    print("\nICD's gradients on shapes, 15-1, step 1, root mean square over the weights of a part")
+    header("term", "iteration", *parts)
+    common.Run.update, common.Run.log = measure, lambda run, text: None
+    step0 = ["--step0", args.step0] if args.step0 else []
+    with tempfile.TemporaryDirectory() as folder:
+        sys.argv = [icd.__file__, "--dataset", "shapes", "--out", folder, *step0]
+        typed = icd.flags().parse_args()
+        common.resolve(typed)
+        with contextlib.suppress(Enough):
+            icd.main(typed)
+    common.Run.update = update
+
+
 if __name__ == "__main__":
-    tables = {table.__name__: table for table in (losses, contrast, loader)}
+    tables = {table.__name__: table for table in (losses, contrast, loader, gradients)}
     flags = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     flags.add_argument("tables", nargs="+", choices=tables)
     flags.add_argument("--size", type=int, default=512, help="side of the pictures (512)")
@@ -323,6 +366,7 @@ if __name__ == "__main__":
     flags.add_argument("--repeats", type=int, default=2, help="the fastest counts (2)")
     most = "anchors up to which all pairs at once are tried (8192)"
     flags.add_argument("--most", type=int, default=8192, help=most)
+    flags.add_argument("--step0", help="of the gradients: a step_0.pt instead of training it")
     flags.add_argument("--data", default="data", help="of the loader (data)")
     flags.add_argument("--pictures", type=int, default=100, help="of the loader (100)")
     given = flags.parse_args()
