@@ -37,7 +37,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
@@ -286,17 +286,24 @@ def outline(label: int) -> np.ndarray:
 def open_image(path: Path, what: str) -> Image.Image:
     """InputError: there is no such file, or it is not a picture."""
     try:
-        image = Image.open(path)
-        image.load()
-        return image
+        with open(path, "rb") as file:
+            image = Image.open(file)
+            image.load()
+            return image
     except FileNotFoundError:
         raise InputError(f"{path}: no such {what}; --check-data lists all that miss") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damage can surface as anything
         raise InputError(f"{path}: not a readable {what} ({error})") from None
 
 
 def read_picture(path: Path | int) -> Image.Image:
-    return draw(path)[0] if isinstance(path, int) else open_image(path, "picture").convert("RGB")
+    """RGB, any kind of file. EXIF's rotation is not applied: VOC's masks lie as the pixels do."""
+    if isinstance(path, int):
+        return draw(path)[0]
+    picture = open_image(path, "picture")
+    if picture.mode.startswith("I"):  # 16 bits: the upper byte, as Pillow does with colours
+        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def read_mask(path: Path | int) -> Image.Image:
@@ -309,7 +316,8 @@ def read_mask(path: Path | int) -> Image.Image:
         return Image.fromarray(np.where(ids == UNKNOWN, IGNORE, ids).astype(np.uint8))
     if mask.mode not in ("L", "P"):
         raise InputError(
-            f"{path}: a mask has one class number per pixel, this has mode {mask.mode}"
+            f"{path}: a mask has one class number per pixel (grey or palette), this has mode "
+            f"{mask.mode}"
         )
     return mask
 
@@ -388,6 +396,11 @@ def images_of_step(
     if setting == "overlapped" or keep_later:
         return images
     return [i for i in images if max(sets[i]) <= step.last]
+
+
+def without_image(images: Sequence[int], sets: Sequence, step: Step) -> list[int]:
+    """A step's new classes that none of its images shows."""
+    return sorted({*step.new} - {c for i in images for c in sets[i]})
 
 
 def test_images(sets: Sequence[Sequence[int]], step: Step) -> list[int]:
@@ -844,11 +857,12 @@ class Run:
             images_of_step(self.sets, step, args.setting, args.keep_later) for step in self.plan
         ]
         for step in self.plan:
-            shown = {c for i in self.images[step.index] for c in self.sets[i]}
-            if missing := [self.names[c] for c in step.new if c not in shown]:
+            missing = without_image(self.images[step.index], self.sets, step)
+            if missing:
+                absent = ", ".join(self.names[c] for c in missing)
                 raise InputError(
                     f"step {step.index} of --task {args.task} --setting {args.setting} has no "
-                    f"image of {', '.join(missing)}: try another --setting, --task or --class-order"
+                    f"image of {absent}: try another --setting, --task or --class-order"
                     + ", or --keep-later"
                     * (args.setting != "overlapped" and not args.keep_later)
                 )
@@ -1196,7 +1210,7 @@ class Run:
             raise InputError(f"--predict: no step_0.pt in {self.folder}; train first")
         model, target = self.load(steps[-1]), self.folder / "pictures"
         for path in map(Path, self.args.predict):
-            picture = read_picture(path)
+            picture = ImageOps.exif_transpose(read_picture(path))  # upright, as viewers show it
             size = [round(s * self.args.crop / min(picture.size)) for s in picture.size]
             small = np.array(picture.resize(size, Image.Resampling.BILINEAR))
             classes = Image.fromarray(self.segment(model, torch.from_numpy(small)))
@@ -1424,6 +1438,9 @@ def check_data(args: argparse.Namespace) -> int:
             keep = args.keep_later and (task, setting) == (args.task, args.setting)
             images = images_of_step(train, step, setting, keep)
             counts = len(images), len(test_images(test, step))
+            missing = ", ".join(names[order[c - 1]] for c in without_image(images, train, step))
+            if missing and (task, setting) == (args.task, args.setting):
+                print(f"  note: {task} cannot be run: step {step.index} has no image of {missing}")
             pairs = zip(map(str, counts), expected.get(step.index, ("", "")), strict=True)
             lines.append([n if there in ("", n) else f"{n}*[{there}]" for n, there in pairs])
         for part, values in zip(("train", "test"), zip(*lines, strict=True), strict=True):
