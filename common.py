@@ -85,7 +85,7 @@ def task_steps(task: str, classes: int) -> list[Step]:
     """
     if task == "offline":
         return [Step(0, 1, classes)]
-    match = re.fullmatch("([0-9]+)-([0-9]+)", task)
+    match = re.fullmatch("([0-9]{1,9})-([0-9]{1,9})", task)
     base, each = map(int, match.groups()) if match else (0, 0)
     if not (0 < base < classes and each > 0):
         raise InputError(
@@ -669,7 +669,9 @@ def load_trunk(model: DeepLabV3, backbone: str, weights: str) -> str:
     else:
         state = read_checkpoint(weights, "--weights")
     target = model.trunk.state_dict()
-    fits = {k: v for k, v in state.items() if k in target and v.shape == target[k].shape}
+    fits = {
+        k: state[k] for k, v in target.items() if getattr(state.get(k), "shape", None) == v.shape
+    }
     wrong = [k for k in state if k in target and k not in fits]
     if wrong or not fits:
         reason = f"{wrong[0]} has another shape" if wrong else "none of its names is the trunk's"
@@ -786,7 +788,7 @@ def load_weights(model: nn.Module, saved: dict, path: str | Path) -> None:
     try:
         state = saved["model"]
         model.load_state_dict({k: state[k] for k in model.state_dict()})
-    except (KeyError, RuntimeError):
+    except (KeyError, TypeError, RuntimeError):
         raise InputError(f"{path}: weights of another network than these flags give") from None
 
 
@@ -838,11 +840,15 @@ class Run:
         self.open_data()
         if self.args.eval:
             return self.evaluate_again()
+        if not (self.folder / "config.json").exists():
+            self.first_model()  # a bad --step0 or --weights is refused before there is a folder
         self.open_folder()
         for step in self.plan[len(self.results) :]:
             torch.manual_seed(1000 * self.args.seed + step.index)
             if step.index == 0 and self.args.step0:
-                self.adopt_step0(step)
+                model, text = self.first_model()
+                self.log(text)
+                self.conclude(step, model, {"taken_from": self.args.step0})
             else:
                 yield step
         self.log(self.table())
@@ -934,12 +940,37 @@ class Run:
         load_weights(model, read_checkpoint(path, "file"), path)
         return model.eval().requires_grad_(False)
 
+    def first_model(self) -> tuple[DeepLabV3, str]:
+        """Step 0's network, and where it comes from: --step0, if of the same kind, or --weights."""
+        args, step, path = self.args, self.plan[0], self.args.step0
+        if path is None:
+            model = self.build(step)
+            return model, f"trunk    {load_trunk(model, args.backbone, args.weights)}"
+        saved = read_checkpoint(path, "--step0")
+        try:
+            there = saved["flags"] | {"classes": saved["classes"][0], "step": saved["step"]}
+            here = vars(args) | {"classes": [self.names[c] for c in step.new], "step": 0}
+            for one in (there, here):  # in a first step, disjoint and sequential are the same
+                one["setting"] = one["setting"].replace("sequential", "disjoint")
+        except (LookupError, TypeError, AttributeError):
+            raise InputError(f"--step0 {path}: not a step_0.pt") from None
+        network = ("backbone", "output_stride", "head")
+        for key in ("step", "dataset", "classes", "setting", "keep_later", *network):
+            if there.get(key) != here[key]:
+                raise InputError(
+                    f"--step0 {path}: another {key}: {there.get(key)} there, {here[key]} here"
+                )
+        model = self.build(step)
+        load_weights(model, saved, path)
+        return model, f"step 0 is {path}"
+
     def models(self, step: Step) -> tuple[DeepLabV3 | None, DeepLabV3]:
         """The frozen model of the step before (None in step 0); its copy with a new classifier."""
-        model = self.build(step)
         if step.index == 0:
-            self.log(f"trunk    {load_trunk(model, self.args.backbone, self.args.weights)}")
+            model, text = self.first_model()
+            self.log(text)
             return None, model
+        model = self.build(step)
         old_model = self.load(self.plan[step.index - 1])
         model.load_state_dict(old_model.state_dict(), strict=False)
         return old_model, model
@@ -1171,27 +1202,6 @@ class Run:
         """uint8 picture [H, W, 3] -> uint8 class ids [H, W]."""
         return self.predict(model(self.normalise(pixels[None]))[0])[0].byte().cpu().numpy()
 
-    def adopt_step0(self, step: Step) -> None:
-        """--step0: takes somebody's first step as this run's own, if it is of the same kind."""
-        path, flags = self.args.step0, vars(self.args)
-        saved = read_checkpoint(path, "--step0")
-        if saved.get("step") != 0 or "flags" not in saved:
-            raise InputError(f"--step0 {path}: not a step_0.pt")
-        there = saved["flags"] | {"classes": saved["classes"][0]}
-        here = flags | {"classes": [self.names[c] for c in step.new]}
-        for one in (there, here):  # in a first step, disjoint and sequential are the same
-            one["setting"] = one["setting"].replace("sequential", "disjoint")
-        network = ("backbone", "output_stride", "head")
-        for key in ("dataset", "classes", "setting", "keep_later", *network):
-            if there.get(key) != here[key]:
-                raise InputError(
-                    f"--step0 {path}: another {key}: {there.get(key)} there, {here[key]} here"
-                )
-        model = self.build(step)
-        load_weights(model, saved, path)
-        self.log(f"step 0 is {path}")
-        self.conclude(step, model, {"taken_from": str(path)})
-
     def evaluate_again(self) -> None:
         """--eval: evaluates every step_K.pt of the run, prints the table, writes nothing."""
         for step in self.plan:
@@ -1286,6 +1296,7 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     """The flags of every method. Those that stand in `recipes` default to recipes[data set]."""
     made = argparse.ArgumentParser(
         description=doc.split("\n\n")[0],
+        usage="%(prog)s --task A-B [flags]; --help lists them",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -1328,10 +1339,11 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cpu, cuda, cuda:1 (cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="of the network (bf16 on cuda, else fp32)")
-    add("--workers", type=int, help="processes that read images (one a core, 8 at most; shapes 0)")
-    add("--seed", type=int, default=0, help="(0)")
+    text = "processes that read images (one a core, 8 at most; shapes 0)"
+    add("--workers", type=natural, help=text)
+    add("--seed", type=natural, default=0, help="(0)")
     text = "seconds between checkpoints inside a step (60)"
-    add("--save-every", type=float, default=60, metavar="SECONDS", help=text)
+    add("--save-every", type=rate, default=60, metavar="SECONDS", help=text)
     add = made.add_argument_group("output").add_argument
     text = "results go to DIR/METHOD-DATASET-TASK-SETTING-sSEED; a run there goes on (runs)"
     add("--out", metavar="DIR", default="runs", help=text)
@@ -1344,10 +1356,14 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     return made
 
 
-def positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+def natural(text: str, least: int = 0) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 1e9")
     return int(text)
+
+
+def positive(text: str) -> int:
+    return natural(text, 1)
 
 
 def rate(text: str) -> float:
@@ -1360,6 +1376,12 @@ def rate(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    if not rate(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return rate(text)
+
+
 def resolve(args: argparse.Namespace) -> None:
     """Fills in what was not typed: the recipe of the data set, device, precision, workers."""
     recipes = args.__dict__.pop("recipes")
@@ -1368,18 +1390,28 @@ def resolve(args: argparse.Namespace) -> None:
             setattr(args, key, value)
     args.method = Path(sys.argv[0]).stem
     args.task = args.task or {"ade": "100-50", "msrc": "16-5"}.get(args.dataset, "15-1")
-    for key in ("epochs", "lr"):
-        if len(getattr(args, key)) > 2:
-            raise InputError(f"--{key}: one value, or two (step 0, later steps)")
+    for key in ("epochs", "lr", "positive_weight"):
+        if len(getattr(args, key, ())) > 2:
+            raise InputError(f"--{key.replace('_', '-')}: one value, or two (step 0, later steps)")
+    if args.crop < 4 * args.output_stride:  # PLOP's pooling cuts a map into 4 x 4
+        raise InputError(
+            f"--crop {args.crop}: at --output-stride {args.output_stride} the network needs "
+            f"{4 * args.output_stride} pixels or more, for maps of 4 x 4 cells"
+        )
     if not 0 <= args.held_out <= 0.5:
         raise InputError(f"--held-out {args.held_out}: a part of the training images, 0 to 0.5")
-    try:
-        cuda = torch.device(args.device).type == "cuda"
-    except RuntimeError:
-        raise InputError(f"--device {args.device}: expected cpu, cuda or cuda:N") from None
-    if cuda and not torch.cuda.is_available():
-        raise InputError(f"--device {args.device}: PyTorch sees no GPU here; there is --device cpu")
-    args.precision = args.precision or ("bf16" if cuda else "fp32")
+    match = re.fullmatch("cpu|cuda(:([0-9]{1,4}))?", args.device)
+    if not match:
+        raise InputError(f"--device {args.device}: expected cpu, cuda or cuda:N")
+    cuda, count = args.device != "cpu", torch.cuda.device_count()
+    if cuda and int(match[2] or 0) >= count:
+        raise InputError(
+            f"--device {args.device}: PyTorch sees {count or 'no'} GPU here; there is --device cpu"
+        )
+    slow = cuda and torch.cuda.get_device_capability(args.device) < (8, 0)
+    if args.precision == "bf16" and slow:
+        raise InputError("--precision bf16: this GPU has no bfloat16; there is --precision fp32")
+    args.precision = args.precision or ("bf16" if cuda and not slow else "fp32")
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else min(8, os.cpu_count() or 1)
 
