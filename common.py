@@ -24,9 +24,12 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import weakref
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -42,6 +45,11 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows: nothing keeps two processes out of one folder there
+
 BACKGROUND = 0
 IGNORE = 255
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0 ... 1
@@ -52,6 +60,10 @@ WINDOW = 10  # iterations per row of train.csv: the losses are read from the dev
 
 class InputError(ValueError):
     """Something that the user gave cannot be used. The message is all that the user gets to see."""
+
+
+class Damaged(InputError):
+    """A file of tensors that can be opened, but holds something else."""
 
 
 # ---------------------------------------------------------------------------------------- tasks
@@ -759,28 +771,44 @@ def sheet(rows: Sequence, titles: Sequence[str], legend: Sequence[tuple]) -> Ima
 def write_atomically(path: Path, write: Callable) -> None:
     """Writes beside the file, then renames: at any moment the old file or the new one is there."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps the one in the other
+        reason = getattr(error, "strerror", None) or str(error.__context__ or error)
+        raise OSError(f"{path}: cannot be written ({reason.splitlines()[0]})") from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: object) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give another --out DIR") from None
+
+
 def read_checkpoint(path: str | Path, what: str) -> dict:
     """Tensors and plain values; a file that holds anything else is refused, no code in it runs."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"wrong checksum of {bad}")  # torch does not look at them
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(saved.items())
     except FileNotFoundError:
         raise InputError(f"{what} {path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{what} {path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # damage can surface as anything
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise InputError(
-            f"{what} {path}: not a file of tensors and plain values ({reason})"
-        ) from None
+        raise Damaged(f"{what} {path}: not a file of tensors and plain values ({reason})") from None
 
 
 def load_weights(model: nn.Module, saved: dict, path: str | Path) -> None:
@@ -801,6 +829,9 @@ def poly(iteration: int, total: int, warmup: float = 0.0) -> float:
 def per_step(values: Sequence, step: Step) -> float:
     """Flags of the schedule hold one value, or two: for step 0, and for the later steps."""
     return values[0] if step.index == 0 else values[-1]
+
+
+LAST_GOOD = "The last checkpoint is from before it; try a lower --lr in another --out"
 
 
 class Run:
@@ -832,6 +863,7 @@ class Run:
         name = f"{args.method}-{args.dataset}-{args.task}-{args.setting}-s{args.seed}"
         self.folder = Path(args.out) / (name + "-dry" * args.dry_run)
         self.results: list[dict] = []
+        self.signal = 0
 
     def steps(self) -> Iterator[Step]:
         """The steps left to train, and the report after them. --eval and --predict leave none."""
@@ -851,6 +883,7 @@ class Run:
                 self.conclude(step, model, {"taken_from": self.args.step0})
             else:
                 yield step
+        (self.folder / "last.pt").unlink(missing_ok=True)  # killed after the last metrics.json
         self.log(self.table())
         self.log(f"weights, metrics.json, train.csv and pictures/ are in {self.folder}")
 
@@ -875,29 +908,37 @@ class Run:
 
     def open_folder(self) -> None:
         """Makes the run's folder, or takes up the run that lies there."""
-        args, config = self.args, self.folder / "config.json"
-        if args.dry_run:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        args, config, metrics = self.args, self.folder / "config.json", self.folder / "metrics.json"
+        try:
+            self.lock()
+            if args.dry_run:
+                shutil.rmtree(self.folder)
+                self.lock()
+            for left in self.folder.glob(".*.[0-9]*"):
+                left.unlink()  # half a file, of a process that was killed
+        except OSError as error:
+            raise InputError(f"--out {args.out}: cannot be written to ({error.strerror})") from None
         flags = {k: v for k, v in vars(args).items() if k not in ("eval", "predict")}
-        begun = any((self.folder / name).exists() for name in ("last.pt", "metrics.json"))
-        if begun:
-            there = json.loads(config.read_text())["flags"]
+        if metrics.exists() or (self.folder / "last.pt").exists():
+            there = read_json(config).get("flags", {})
             free = ("data", "out", "device", "workers", "save_every", "step0")
             differ = [k for k in flags if k not in free and flags[k] != there.get(k)]
             if differ:
                 listed = ", ".join(f"{k} {there.get(k)} there, {flags[k]} here" for k in differ)
                 raise InputError(f"{self.folder} holds another run ({listed}); give --out DIR")
-            if (self.folder / "metrics.json").exists():
-                self.results = json.loads((self.folder / "metrics.json").read_text())["steps"]
+        if metrics.exists():
+            self.results = read_json(metrics).get("steps", [])
+        # the next step starts from the newest model; if that is damaged it is trained again
+        while (newest := self.folder / f"step_{len(self.results) - 1}.pt").exists():
+            if self.checkpoint(newest):
+                break
+            self.results.pop()
+            self.write_results()
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         cuda = self.device.type == "cuda"
         versions["device"] = torch.cuda.get_device_name(self.device) if cuda else "cpu"
-        try:
-            (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
-            write_json(config, {"flags": flags, "versions": versions, "commit": git_commit()})
-            shutil.copy(sys.argv[0], self.folder)
-        except OSError as error:
-            raise InputError(f"--out {args.out}: cannot be written to ({error.strerror})") from None
+        write_json(config, {"flags": flags, "versions": versions, "commit": git_commit()})
+        shutil.copy(sys.argv[0], self.folder)
         train, test = len(self.source.train), len(self.source.test)
         counts = " ".join(str(len(images)) for images in self.images)
         self.log(
@@ -907,6 +948,28 @@ class Run:
         self.log(f"steps    {counts} training images")
         self.log("flags    " + ", ".join(f"{k} {v}" for k, v in flags.items() if v is not None))
         self.log("versions " + ", ".join(f"{k} {v}" for k, v in versions.items()))
+
+    def lock(self) -> None:
+        """Makes the folder, and keeps other processes out of it for as long as this one lives."""
+        (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, lock)
+        try:
+            if fcntl:  # lockf: the workers, which may live a little longer, do not inherit it
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f"{self.folder}: another process is at work in it; wait for it, or give --out DIR"
+            ) from None
+
+    def checkpoint(self, path: Path) -> dict | None:
+        """A checkpoint of this run. None: it is damaged; that is said, and it is set aside."""
+        try:
+            return read_checkpoint(path, "file")
+        except Damaged as error:
+            os.replace(path, f"{path}.damaged")
+            self.log(f"{error}; set aside as {path.name}.damaged")
+            return None
 
     def log(self, text: str) -> None:
         """To the terminal and to log.txt."""
@@ -1001,12 +1064,9 @@ class Run:
         self.indices = [*self.images[step.index], *range(len(train), len(samples))]
         self.total = max(1, len(self.indices) // args.batch) * per_step(args.epochs, step)
         self.total = min(2, self.total) if args.dry_run else self.total
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        if min(args.batch, len(self.indices)) == 1 and any(m.training for m in norms):
-            raise InputError(
-                f"--batch {args.batch}: BatchNorm learns from two images or more per iteration, "
-                f"and step {step.index} has {len(self.indices)}"
-            )
+        if min(args.batch, len(self.indices)) == 1:
+            # the pooling branch has one value per image and channel: one image has no variance
+            model.aspp.convs[-1][2].eval()
         for group in groups:
             group["params"] = [p for p in group["params"] if p.requires_grad]
         fused = self.device.type == "cuda"
@@ -1022,13 +1082,14 @@ class Run:
     def resume(self) -> None:
         """Takes up last.pt if it belongs to this step, and the rows of train.csv up to there."""
         path, table = self.folder / "last.pt", self.folder / "train.csv"
-        saved = read_checkpoint(path, "file") if path.exists() else {"step": None}
+        saved = self.checkpoint(path) if path.exists() else None
         self.iteration, self.seconds = 0, 0.0
-        if saved["step"] == self.step.index:
+        if saved and saved.get("step") == self.step.index:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
             self.iteration, self.seconds = saved["iteration"], saved["seconds"]
+            self.window = [losses.to(self.device) for losses in saved.get("window", ())]
             self.log(f"  goes on at iteration {self.iteration} of {self.total}")
         here = (self.step.index, self.iteration)
         rows = csv.DictReader(table.read_text().splitlines()) if table.exists() else ()
@@ -1039,7 +1100,26 @@ class Run:
         """The iterations left: images float [B, 3, H, W], normalised; labels int64 [B, H, W]."""
         args, seed = self.args, (self.args.seed, self.step.index)
         keys = epoch_keys(self.indices, args.batch, seed, self.iteration, self.total)
-        return self.read(self.view, keys)
+        on_stop(self.note)
+        try:
+            yield from self.read(self.view, keys)
+        finally:
+            on_stop(leave)
+        self.answer()
+
+    def note(self, number: int, _: object) -> None:
+        """Inside the loop, SIGINT and SIGTERM wait for `answer`; the second one does not."""
+        self.signal = number
+        on_stop(leave)
+
+    def answer(self, names: Sequence[str] = ()) -> None:
+        """After SIGINT or SIGTERM: saves, and ends the program."""
+        if self.signal:
+            if self.window:
+                self.read_window(names)
+            self.save()
+            self.log(f"  stopped and saved at iteration {self.iteration} of {self.total}")
+            leave(self.signal)
 
     def sweep(
         self, samples: Sequence[tuple], labels: np.ndarray, indices: Sequence[int]
@@ -1057,6 +1137,7 @@ class Run:
             num_workers=self.args.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # not the global one: resuming must not change it
+            worker_init_fn=let_main_answer,
         )
         for pictures, labels in loader:
             yield self.normalise(pictures), labels.to(self.device, non_blocking=True).long()
@@ -1078,17 +1159,23 @@ class Run:
         self.iteration += 1
         if self.iteration % WINDOW == 0 or self.iteration == self.total:
             self.end_window(list(losses), factor)
+        self.answer(list(losses))
 
-    def end_window(self, names: list[str], factor: float) -> None:
-        """Reads the last losses from the device: finite? a row of train.csv, progress, last.pt."""
-        values, self.window = torch.stack(self.window).double().cpu(), []
+    def read_window(self, names: Sequence[str]) -> Tensor:
+        """The losses since the last row of train.csv, from the device. Are they finite?"""
+        values = torch.stack(self.window).double().cpu()
         for i, row in enumerate(values, self.iteration - len(values)):
             if not row.isfinite().all():
                 parts = ", ".join(f"{n} {v:g}" for n, v in zip(names, row.tolist(), strict=True))
                 raise FloatingPointError(
                     f"the loss is not finite in step {self.step.index}, iteration {i}: {parts}. "
-                    "The last checkpoint is from before it; try a lower --lr in another --out"
+                    + LAST_GOOD
                 )
+        return values
+
+    def end_window(self, names: list[str], factor: float) -> None:
+        """The losses of the last iterations: a row of train.csv, progress, last.pt."""
+        values, self.window = self.read_window(names), []
         means = {n: f"{v:.5g}" for n, v in zip(names, values.mean(0).tolist(), strict=True)}
         place = {"step": self.step.index, "iteration": self.iteration, "lr_factor": f"{factor:.6f}"}
         self.rows.append(place | means)
@@ -1110,13 +1197,17 @@ class Run:
 
     def save(self) -> None:
         """train.csv, and last.pt to go on from."""
+        weights = self.model.state_dict()
+        if not all(value.isfinite().all() for value in weights.values()):
+            place = f"step {self.step.index}, iteration {self.iteration}"
+            raise FloatingPointError(f"the weights are not finite in {place}. {LAST_GOOD}")
         now = time.monotonic()
         self.seconds, self.clock, self.saved = self.seconds + now - self.clock, now, now
         header = list(dict.fromkeys(key for row in self.rows for key in row))
         lines = [header, *([str(row.get(key, "")) for key in header] for row in self.rows)]
         text = "".join(",".join(line) + "\n" for line in lines)
         write_atomically(self.folder / "train.csv", lambda file: file.write(text.encode()))
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"model": weights, "window": self.window, "optimizer": self.optimizer.state_dict()}
         state |= {"rng": torch.get_rng_state(), "step": self.step.index}
         state |= {"iteration": self.iteration, "seconds": self.seconds}
         write_atomically(self.folder / "last.pt", lambda file: torch.save(state, file))
@@ -1149,8 +1240,12 @@ class Run:
             self.folder / f"step_{step.index}.pt", lambda file: torch.save(content, file)
         )
         self.results.append(result)
-        write_json(self.folder / "metrics.json", {"average": self.average(), "steps": self.results})
+        self.write_results()
         self.log(f"  {summary(result)}")
+
+    def write_results(self) -> None:
+        content = {"average": self.average(), "steps": self.results}
+        write_json(self.folder / "metrics.json", without_nan(content))
 
     @torch.no_grad()
     def evaluate(self, step: Step, model: DeepLabV3, timing: dict) -> dict:
@@ -1236,7 +1331,8 @@ class Run:
 
     def average(self) -> float:
         """Mean over the steps of the mIoU over the classes seen at each, background included."""
-        return float(np.mean([result["with_background"]["all"] for result in self.results]))
+        values = [result["with_background"]["all"] for result in self.results]
+        return float(np.mean(values or [math.nan]))
 
     def table(self) -> str:
         """A column per step; base, new, all with and without background; what was published."""
@@ -1416,9 +1512,27 @@ def resolve(args: argparse.Namespace) -> None:
         args.workers = 0 if args.dataset == "shapes" else min(8, os.cpu_count() or 1)
 
 
+def on_stop(handler: Callable) -> None:
+    """What answers SIGINT and SIGTERM, unless they are ignored, as under nohup."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def leave(number: int, _: object = None) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def let_main_answer(_: int) -> None:
+    """In a worker: a signal to all processes of a run must not take main's batches away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
 def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
-    """Runs a script. Bad input ends in a clear line and status 2."""
+    """Runs a script. Bad input ends in a clear line and status 2, other trouble in one and 1."""
     args, status, message = flags.parse_args(), 0, ""
+    on_stop(leave)
     try:
         resolve(args)
         if args.check_data:
@@ -1432,8 +1546,11 @@ def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
         message, status = str(error).rsplit("InputError: ", 1)[-1].strip(), 2
     except FloatingPointError as error:
         message, status = str(error), 1
-    except KeyboardInterrupt:
-        message, status = "stopped; the same command goes on from the last checkpoint", 130
+    except OSError as error:
+        message, status = f"{error}; the same command goes on from what was saved before", 1
+    except KeyboardInterrupt as stop:
+        message = "stopped; the same command goes on from the last checkpoint"
+        status = 128 + stop.args[0]
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
