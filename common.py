@@ -24,9 +24,12 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import weakref
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,10 +40,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None  # Windows: nothing keeps two processes out of one folder there
 
 BACKGROUND = 0
 IGNORE = 255
@@ -53,6 +61,10 @@ WINDOW = 10  # iterations per row of train.csv: the losses are read from the dev
 
 class InputError(ValueError):
     """Something that the user gave cannot be used. The message is all that the user gets to see."""
+
+
+class Damaged(InputError):
+    """A file of tensors that can be opened, but holds something else."""
 
 
 # ---------------------------------------------------------------------------------------- tasks
@@ -86,7 +98,7 @@ def task_steps(task: str, classes: int) -> list[Step]:
     """
     if task == "offline":
         return [Step(0, 1, classes)]
-    match = re.fullmatch("([0-9]+)-([0-9]+)", task)
+    match = re.fullmatch("([0-9]{1,9})-([0-9]{1,9})", task)
     base, each = map(int, match.groups()) if match else (0, 0)
     if not (0 < base < classes and each > 0):
         raise InputError(
@@ -287,17 +299,24 @@ def outline(label: int) -> np.ndarray:
 def open_image(path: Path, what: str) -> Image.Image:
     """InputError: there is no such file, or it is not a picture."""
     try:
-        image = Image.open(path)
-        image.load()
-        return image
+        with open(path, "rb") as file:
+            image = Image.open(file)
+            image.load()
+            return image
     except FileNotFoundError:
         raise InputError(f"{path}: no such {what}; --check-data lists all that miss") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # damage can surface as anything
         raise InputError(f"{path}: not a readable {what} ({error})") from None
 
 
 def read_picture(path: Path | int) -> Image.Image:
-    return draw(path)[0] if isinstance(path, int) else open_image(path, "picture").convert("RGB")
+    """RGB, any kind of file. EXIF's rotation is not applied: VOC's masks lie as the pixels do."""
+    if isinstance(path, int):
+        return draw(path)[0]
+    picture = open_image(path, "picture")
+    if picture.mode.startswith("I"):  # 16 bits: the upper byte, as Pillow does with colours
+        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")
 
 
 def read_mask(path: Path | int) -> Image.Image:
@@ -310,7 +329,8 @@ def read_mask(path: Path | int) -> Image.Image:
         return Image.fromarray(np.where(ids == UNKNOWN, IGNORE, ids).astype(np.uint8))
     if mask.mode not in ("L", "P"):
         raise InputError(
-            f"{path}: a mask has one class number per pixel, this has mode {mask.mode}"
+            f"{path}: a mask has one class number per pixel (grey or palette), this has mode "
+            f"{mask.mode}"
         )
     return mask
 
@@ -389,6 +409,11 @@ def images_of_step(
     if setting == "overlapped" or keep_later:
         return images
     return [i for i in images if max(sets[i]) <= step.last]
+
+
+def without_image(images: Sequence[int], sets: Sequence, step: Step) -> list[int]:
+    """A step's new classes that none of its images shows."""
+    return sorted({*step.new} - {c for i in images for c in sets[i]})
 
 
 def test_images(sets: Sequence[Sequence[int]], step: Step) -> list[int]:
@@ -658,7 +683,9 @@ def load_trunk(model: DeepLabV3, backbone: str, weights: str) -> str:
     else:
         state = read_checkpoint(weights, "--weights")
     target = model.trunk.state_dict()
-    fits = {k: v for k, v in state.items() if k in target and v.shape == target[k].shape}
+    fits = {
+        k: state[k] for k, v in target.items() if getattr(state.get(k), "shape", None) == v.shape
+    }
     wrong = [k for k in state if k in target and k not in fits]
     if wrong or not fits:
         reason = f"{wrong[0]} has another shape" if wrong else "none of its names is the trunk's"
@@ -753,28 +780,44 @@ def sheet(rows: Sequence, titles: Sequence[str], legend: Sequence[tuple]) -> Ima
 def write_atomically(path: Path, write: Callable) -> None:
     """Writes beside the file, then renames: at any moment the old file or the new one is there."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(beside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps the one in the other
+        reason = getattr(error, "strerror", None) or str(error.__context__ or error)
+        raise OSError(f"{path}: cannot be written ({reason.splitlines()[0]})") from None
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: object) -> None:
     write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give another --out DIR") from None
+
+
 def read_checkpoint(path: str | Path, what: str) -> dict:
     """Tensors and plain values; a file that holds anything else is refused, no code in it runs."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"wrong checksum of {bad}")  # torch does not look at them
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(saved.items())
     except FileNotFoundError:
         raise InputError(f"{what} {path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{what} {path}: cannot be read ({error.strerror})") from None
     except Exception as error:  # damage can surface as anything
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise InputError(
-            f"{what} {path}: not a file of tensors and plain values ({reason})"
-        ) from None
+        raise Damaged(f"{what} {path}: not a file of tensors and plain values ({reason})") from None
 
 
 def load_weights(model: nn.Module, saved: dict, path: str | Path) -> None:
@@ -782,7 +825,7 @@ def load_weights(model: nn.Module, saved: dict, path: str | Path) -> None:
     try:
         state = saved["model"]
         model.load_state_dict({k: state[k] for k in model.state_dict()})
-    except (KeyError, RuntimeError):
+    except (KeyError, TypeError, RuntimeError):
         raise InputError(f"{path}: weights of another network than these flags give") from None
 
 
@@ -795,6 +838,9 @@ def poly(iteration: int, total: int, warmup: float = 0.0) -> float:
 def per_step(values: Sequence, step: Step) -> float:
     """Flags of the schedule hold one value, or two: for step 0, and for the later steps."""
     return values[0] if step.index == 0 else values[-1]
+
+
+LAST_GOOD = "The last checkpoint is from before it; try a lower --lr in another --out"
 
 
 class Strip(NamedTuple):
@@ -839,6 +885,7 @@ class Run:
         self.folder = Path(args.out) / (name + "-dry" * args.dry_run)
         self.results: list[dict] = []
         self.added: dict[str, Tensor] = {}
+        self.signal = 0
 
     def steps(self) -> Iterator[Step]:
         """The steps left to train, and the report after them. --eval and --predict leave none."""
@@ -847,13 +894,18 @@ class Run:
         self.open_data()
         if self.args.eval:
             return self.evaluate_again()
+        if not (self.folder / "config.json").exists():
+            self.first_model()  # a bad --step0 or --weights is refused before there is a folder
         self.open_folder()
         for step in self.plan[len(self.results) :]:
             torch.manual_seed(1000 * self.args.seed + step.index)
             if step.index == 0 and self.args.step0:
-                self.adopt_step0(step)
+                model, text = self.first_model()
+                self.log(text)
+                self.conclude(step, model, {"taken_from": self.args.step0})
             else:
                 yield step
+        (self.folder / "last.pt").unlink(missing_ok=True)  # killed after the last metrics.json
         self.log(self.table())
         self.log(f"weights, metrics.json, train.csv and pictures/ are in {self.folder}")
 
@@ -866,40 +918,49 @@ class Run:
             images_of_step(self.sets, step, args.setting, args.keep_later) for step in self.plan
         ]
         for step in self.plan:
-            shown = {c for i in self.images[step.index] for c in self.sets[i]}
-            if missing := [self.names[c] for c in step.new if c not in shown]:
+            missing = without_image(self.images[step.index], self.sets, step)
+            if missing:
+                absent = ", ".join(self.names[c] for c in missing)
                 raise InputError(
                     f"step {step.index} of --task {args.task} --setting {args.setting} has no "
-                    f"image of {', '.join(missing)}: try another --setting, --task or --class-order"
+                    f"image of {absent}: try another --setting, --task or --class-order"
                     + ", or --keep-later"
                     * (args.setting != "overlapped" and not args.keep_later)
                 )
 
     def open_folder(self) -> None:
         """Makes the run's folder, or takes up the run that lies there."""
-        args, config = self.args, self.folder / "config.json"
-        if args.dry_run:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        args, config, metrics = self.args, self.folder / "config.json", self.folder / "metrics.json"
+        try:
+            self.lock()
+            if args.dry_run:
+                shutil.rmtree(self.folder)
+                self.lock()
+            for left in self.folder.glob(".*.[0-9]*"):
+                left.unlink()  # half a file, of a process that was killed
+        except OSError as error:
+            raise InputError(f"--out {args.out}: cannot be written to ({error.strerror})") from None
         flags = {k: v for k, v in vars(args).items() if k not in ("eval", "predict")}
-        begun = any((self.folder / name).exists() for name in ("last.pt", "metrics.json"))
-        if begun:
-            there = json.loads(config.read_text())["flags"]
+        if metrics.exists() or (self.folder / "last.pt").exists():
+            there = read_json(config).get("flags", {})
             free = ("data", "out", "device", "workers", "save_every", "step0")
             differ = [k for k in flags if k not in free and flags[k] != there.get(k)]
             if differ:
                 listed = ", ".join(f"{k} {there.get(k)} there, {flags[k]} here" for k in differ)
                 raise InputError(f"{self.folder} holds another run ({listed}); give --out DIR")
-            if (self.folder / "metrics.json").exists():
-                self.results = json.loads((self.folder / "metrics.json").read_text())["steps"]
+        if metrics.exists():
+            self.results = read_json(metrics).get("steps", [])
+        # the next step starts from the newest model; if that is damaged it is trained again
+        while (newest := self.folder / f"step_{len(self.results) - 1}.pt").exists():
+            if self.checkpoint(newest):
+                break
+            self.results.pop()
+            self.write_results()
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         cuda = self.device.type == "cuda"
         versions["device"] = torch.cuda.get_device_name(self.device) if cuda else "cpu"
-        try:
-            (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
-            write_json(config, {"flags": flags, "versions": versions, "commit": git_commit()})
-            shutil.copy(sys.argv[0], self.folder)
-        except OSError as error:
-            raise InputError(f"--out {args.out}: cannot be written to ({error.strerror})") from None
+        write_json(config, {"flags": flags, "versions": versions, "commit": git_commit()})
+        shutil.copy(sys.argv[0], self.folder)
         train, test = len(self.source.train), len(self.source.test)
         counts = " ".join(str(len(images)) for images in self.images)
         self.log(
@@ -909,6 +970,28 @@ class Run:
         self.log(f"steps    {counts} training images")
         self.log("flags    " + ", ".join(f"{k} {v}" for k, v in flags.items() if v is not None))
         self.log("versions " + ", ".join(f"{k} {v}" for k, v in versions.items()))
+
+    def lock(self) -> None:
+        """Makes the folder, and keeps other processes out of it for as long as this one lives."""
+        (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
+        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
+        weakref.finalize(self, os.close, lock)
+        try:
+            if fcntl:  # lockf: the workers, which may live a little longer, do not inherit it
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            raise InputError(
+                f"{self.folder}: another process is at work in it; wait for it, or give --out DIR"
+            ) from None
+
+    def checkpoint(self, path: Path) -> dict | None:
+        """A checkpoint of this run. None: it is damaged; that is said, and it is set aside."""
+        try:
+            return read_checkpoint(path, "file")
+        except Damaged as error:
+            os.replace(path, f"{path}.damaged")
+            self.log(f"{error}; set aside as {path.name}.damaged")
+            return None
 
     def log(self, text: str) -> None:
         """To the terminal and to log.txt."""
@@ -942,12 +1025,37 @@ class Run:
         load_weights(model, read_checkpoint(path, "file"), path)
         return model.eval().requires_grad_(False)
 
+    def first_model(self) -> tuple[DeepLabV3, str]:
+        """Step 0's network, and where it comes from: --step0, if of the same kind, or --weights."""
+        args, step, path = self.args, self.plan[0], self.args.step0
+        if path is None:
+            model = self.build(step)
+            return model, f"trunk    {load_trunk(model, args.backbone, args.weights)}"
+        saved = read_checkpoint(path, "--step0")
+        try:
+            there = saved["flags"] | {"classes": saved["classes"][0], "step": saved["step"]}
+            here = vars(args) | {"classes": [self.names[c] for c in step.new], "step": 0}
+            for one in (there, here):  # in a first step, disjoint and sequential are the same
+                one["setting"] = one["setting"].replace("sequential", "disjoint")
+        except (LookupError, TypeError, AttributeError):
+            raise InputError(f"--step0 {path}: not a step_0.pt") from None
+        network = ("backbone", "output_stride", "head")
+        for key in ("step", "dataset", "classes", "setting", "keep_later", *network):
+            if there.get(key) != here[key]:
+                raise InputError(
+                    f"--step0 {path}: another {key}: {there.get(key)} there, {here[key]} here"
+                )
+        model = self.build(step)
+        load_weights(model, saved, path)
+        return model, f"step 0 is {path}"
+
     def models(self, step: Step) -> tuple[DeepLabV3 | None, DeepLabV3]:
         """The frozen model of the step before (None in step 0); its copy with a new classifier."""
-        model = self.build(step)
         if step.index == 0:
-            self.log(f"trunk    {load_trunk(model, self.args.backbone, self.args.weights)}")
+            model, text = self.first_model()
+            self.log(text)
             return None, model
+        model = self.build(step)
         old_model = self.load(self.plan[step.index - 1])
         model.load_state_dict(old_model.state_dict(), strict=False)
         return old_model, model
@@ -978,12 +1086,9 @@ class Run:
         self.indices = [*self.images[step.index], *range(len(train), len(samples))]
         self.total = max(1, len(self.indices) // args.batch) * per_step(args.epochs, step)
         self.total = min(2, self.total) if args.dry_run else self.total
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        if min(args.batch, len(self.indices)) == 1 and any(m.training for m in norms):
-            raise InputError(
-                f"--batch {args.batch}: BatchNorm learns from two images or more per iteration, "
-                f"and step {step.index} has {len(self.indices)}"
-            )
+        if min(args.batch, len(self.indices)) == 1:
+            # the pooling branch has one value per image and channel: one image has no variance
+            model.aspp.convs[-1][2].eval()
         for group in groups:
             group["params"] = [p for p in group["params"] if p.requires_grad]
         fused = self.device.type == "cuda"
@@ -999,13 +1104,14 @@ class Run:
     def resume(self) -> None:
         """Takes up last.pt if it belongs to this step, and the rows of train.csv up to there."""
         path, table = self.folder / "last.pt", self.folder / "train.csv"
-        saved = read_checkpoint(path, "file") if path.exists() else {"step": None}
+        saved = self.checkpoint(path) if path.exists() else None
         self.iteration, self.seconds = 0, 0.0
-        if saved["step"] == self.step.index:
+        if saved and saved.get("step") == self.step.index:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
             self.iteration, self.seconds = saved["iteration"], saved["seconds"]
+            self.window = [losses.to(self.device) for losses in saved.get("window", ())]
             self.log(f"  goes on at iteration {self.iteration} of {self.total}")
         here = (self.step.index, self.iteration)
         rows = csv.DictReader(table.read_text().splitlines()) if table.exists() else ()
@@ -1016,7 +1122,26 @@ class Run:
         """The iterations left: images float [B, 3, H, W], normalised; labels int64 [B, H, W]."""
         args, seed = self.args, (self.args.seed, self.step.index)
         keys = epoch_keys(self.indices, args.batch, seed, self.iteration, self.total)
-        return self.read(self.view, keys)
+        on_stop(self.note)
+        try:
+            yield from self.read(self.view, keys)
+        finally:
+            on_stop(leave)
+        self.answer()
+
+    def note(self, number: int, _: object) -> None:
+        """Inside the loop, SIGINT and SIGTERM wait for `answer`; the second one does not."""
+        self.signal = number
+        on_stop(leave)
+
+    def answer(self, names: Sequence[str] = ()) -> None:
+        """After SIGINT or SIGTERM: saves, and ends the program."""
+        if self.signal:
+            if self.window:
+                self.read_window(names)
+            self.save()
+            self.log(f"  stopped and saved at iteration {self.iteration} of {self.total}")
+            leave(self.signal)
 
     def sweep(
         self, samples: Sequence[tuple], labels: np.ndarray, indices: Sequence[int]
@@ -1034,6 +1159,7 @@ class Run:
             num_workers=self.args.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),  # not the global one: resuming must not change it
+            worker_init_fn=let_main_answer,
         )
         for pictures, labels in loader:
             yield self.normalise(pictures), labels.to(self.device, non_blocking=True).long()
@@ -1086,17 +1212,23 @@ class Run:
         self.iteration += 1
         if self.iteration % WINDOW == 0 or self.iteration == self.total:
             self.end_window(list(losses), factor)
+        self.answer(list(losses))
 
-    def end_window(self, names: list[str], factor: float) -> None:
-        """Reads the last losses from the device: finite? a row of train.csv, progress, last.pt."""
-        values, self.window = torch.stack(self.window).double().cpu(), []
+    def read_window(self, names: Sequence[str]) -> Tensor:
+        """The losses since the last row of train.csv, from the device. Are they finite?"""
+        values = torch.stack(self.window).double().cpu()
         for i, row in enumerate(values, self.iteration - len(values)):
             if not row.isfinite().all():
                 parts = ", ".join(f"{n} {v:g}" for n, v in zip(names, row.tolist(), strict=True))
                 raise FloatingPointError(
                     f"the loss is not finite in step {self.step.index}, iteration {i}: {parts}. "
-                    "The last checkpoint is from before it; try a lower --lr in another --out"
+                    + LAST_GOOD
                 )
+        return values
+
+    def end_window(self, names: list[str], factor: float) -> None:
+        """The losses of the last iterations: a row of train.csv, progress, last.pt."""
+        values, self.window = self.read_window(names), []
         means = {n: f"{v:.5g}" for n, v in zip(names, values.mean(0).tolist(), strict=True)}
         place = {"step": self.step.index, "iteration": self.iteration, "lr_factor": f"{factor:.6f}"}
         self.rows.append(place | means)
@@ -1118,13 +1250,17 @@ class Run:
 
     def save(self) -> None:
         """train.csv, and last.pt to go on from."""
+        weights = self.model.state_dict()
+        if not all(value.isfinite().all() for value in weights.values()):
+            place = f"step {self.step.index}, iteration {self.iteration}"
+            raise FloatingPointError(f"the weights are not finite in {place}. {LAST_GOOD}")
         now = time.monotonic()
         self.seconds, self.clock, self.saved = self.seconds + now - self.clock, now, now
         header = list(dict.fromkeys(key for row in self.rows for key in row))
         lines = [header, *([str(row.get(key, "")) for key in header] for row in self.rows)]
         text = "".join(",".join(line) + "\n" for line in lines)
         write_atomically(self.folder / "train.csv", lambda file: file.write(text.encode()))
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state = {"model": weights, "window": self.window, "optimizer": self.optimizer.state_dict()}
         state |= {"rng": torch.get_rng_state(), "step": self.step.index}
         state |= {"iteration": self.iteration, "seconds": self.seconds}
         write_atomically(self.folder / "last.pt", lambda file: torch.save(state, file))
@@ -1157,8 +1293,12 @@ class Run:
             self.folder / f"step_{step.index}.pt", lambda file: torch.save(content, file)
         )
         self.results.append(result)
-        write_json(self.folder / "metrics.json", {"average": self.average(), "steps": self.results})
+        self.write_results()
         self.log(f"  {summary(result)}")
+
+    def write_results(self) -> None:
+        content = {"average": self.average(), "steps": self.results}
+        write_json(self.folder / "metrics.json", without_nan(content))
 
     @torch.no_grad()
     def evaluate(self, step: Step, model: DeepLabV3, timing: dict) -> dict:
@@ -1210,27 +1350,6 @@ class Run:
         """uint8 picture [H, W, 3] -> uint8 class ids [H, W]."""
         return self.predict(model(self.normalise(pixels[None]))[0])[0].byte().cpu().numpy()
 
-    def adopt_step0(self, step: Step) -> None:
-        """--step0: takes somebody's first step as this run's own, if it is of the same kind."""
-        path, flags = self.args.step0, vars(self.args)
-        saved = read_checkpoint(path, "--step0")
-        if saved.get("step") != 0 or "flags" not in saved:
-            raise InputError(f"--step0 {path}: not a step_0.pt")
-        there = saved["flags"] | {"classes": saved["classes"][0]}
-        here = flags | {"classes": [self.names[c] for c in step.new]}
-        for one in (there, here):  # in a first step, disjoint and sequential are the same
-            one["setting"] = one["setting"].replace("sequential", "disjoint")
-        network = ("backbone", "output_stride", "head")
-        for key in ("dataset", "classes", "setting", "keep_later", *network):
-            if there.get(key) != here[key]:
-                raise InputError(
-                    f"--step0 {path}: another {key}: {there.get(key)} there, {here[key]} here"
-                )
-        model = self.build(step)
-        load_weights(model, saved, path)
-        self.log(f"step 0 is {path}")
-        self.conclude(step, model, {"taken_from": str(path)})
-
     def evaluate_again(self) -> None:
         """--eval: evaluates every step_K.pt of the run, prints the table, writes nothing."""
         for step in self.plan:
@@ -1249,7 +1368,7 @@ class Run:
             raise InputError(f"--predict: no step_0.pt in {self.folder}; train first")
         model, target = self.load(steps[-1]), self.folder / "pictures"
         for path in map(Path, self.args.predict):
-            picture = read_picture(path)
+            picture = ImageOps.exif_transpose(read_picture(path))  # upright, as viewers show it
             size = [round(s * self.args.crop / min(picture.size)) for s in picture.size]
             small = np.array(picture.resize(size, Image.Resampling.BILINEAR))
             classes = Image.fromarray(self.segment(model, torch.from_numpy(small)))
@@ -1265,7 +1384,8 @@ class Run:
 
     def average(self) -> float:
         """Mean over the steps of the mIoU over the classes seen at each, background included."""
-        return float(np.mean([result["with_background"]["all"] for result in self.results]))
+        values = [result["with_background"]["all"] for result in self.results]
+        return float(np.mean(values or [math.nan]))
 
     def table(self) -> str:
         """A column per step; base, new, all with and without background; what was published."""
@@ -1325,6 +1445,7 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     """The flags of every method. Those that stand in `recipes` default to recipes[data set]."""
     made = argparse.ArgumentParser(
         description=doc.split("\n\n")[0],
+        usage="%(prog)s --task A-B [flags]; --help lists them",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -1367,10 +1488,11 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cpu, cuda, cuda:1 (cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="of the network (bf16 on cuda, else fp32)")
-    add("--workers", type=int, help="processes that read images (one a core, 8 at most; shapes 0)")
-    add("--seed", type=int, default=0, help="(0)")
+    text = "processes that read images (one a core, 8 at most; shapes 0)"
+    add("--workers", type=natural, help=text)
+    add("--seed", type=natural, default=0, help="(0)")
     text = "seconds between checkpoints inside a step (60)"
-    add("--save-every", type=float, default=60, metavar="SECONDS", help=text)
+    add("--save-every", type=rate, default=60, metavar="SECONDS", help=text)
     add = made.add_argument_group("output").add_argument
     text = "results go to DIR/METHOD-DATASET-TASK-SETTING-sSEED; a run there goes on (runs)"
     add("--out", metavar="DIR", default="runs", help=text)
@@ -1383,10 +1505,14 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     return made
 
 
-def positive(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+def natural(text: str, least: int = 0) -> int:
+    if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 1e9")
     return int(text)
+
+
+def positive(text: str) -> int:
+    return natural(text, 1)
 
 
 def rate(text: str) -> float:
@@ -1399,6 +1525,12 @@ def rate(text: str) -> float:
     return value
 
 
+def above_zero(text: str) -> float:
+    if not rate(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return rate(text)
+
+
 def resolve(args: argparse.Namespace) -> None:
     """Fills in what was not typed: the recipe of the data set, device, precision, workers."""
     recipes = args.__dict__.pop("recipes")
@@ -1407,25 +1539,53 @@ def resolve(args: argparse.Namespace) -> None:
             setattr(args, key, value)
     args.method = Path(sys.argv[0]).stem
     args.task = args.task or {"ade": "100-50", "msrc": "16-5"}.get(args.dataset, "15-1")
-    for key in ("epochs", "lr"):
-        if len(getattr(args, key)) > 2:
-            raise InputError(f"--{key}: one value, or two (step 0, later steps)")
+    for key in ("epochs", "lr", "positive_weight"):
+        if len(getattr(args, key, ())) > 2:
+            raise InputError(f"--{key.replace('_', '-')}: one value, or two (step 0, later steps)")
+    if args.crop < 4 * args.output_stride:  # PLOP's pooling cuts a map into 4 x 4
+        raise InputError(
+            f"--crop {args.crop}: at --output-stride {args.output_stride} the network needs "
+            f"{4 * args.output_stride} pixels or more, for maps of 4 x 4 cells"
+        )
     if not 0 <= args.held_out <= 0.5:
         raise InputError(f"--held-out {args.held_out}: a part of the training images, 0 to 0.5")
-    try:
-        cuda = torch.device(args.device).type == "cuda"
-    except RuntimeError:
-        raise InputError(f"--device {args.device}: expected cpu, cuda or cuda:N") from None
-    if cuda and not torch.cuda.is_available():
-        raise InputError(f"--device {args.device}: PyTorch sees no GPU here; there is --device cpu")
-    args.precision = args.precision or ("bf16" if cuda else "fp32")
+    match = re.fullmatch("cpu|cuda(:([0-9]{1,4}))?", args.device)
+    if not match:
+        raise InputError(f"--device {args.device}: expected cpu, cuda or cuda:N")
+    cuda, count = args.device != "cpu", torch.cuda.device_count()
+    if cuda and int(match[2] or 0) >= count:
+        raise InputError(
+            f"--device {args.device}: PyTorch sees {count or 'no'} GPU here; there is --device cpu"
+        )
+    slow = cuda and torch.cuda.get_device_capability(args.device) < (8, 0)
+    if args.precision == "bf16" and slow:
+        raise InputError("--precision bf16: this GPU has no bfloat16; there is --precision fp32")
+    args.precision = args.precision or ("bf16" if cuda and not slow else "fp32")
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else min(8, os.cpu_count() or 1)
 
 
+def on_stop(handler: Callable) -> None:
+    """What answers SIGINT and SIGTERM, unless they are ignored, as under nohup."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def leave(number: int, _: object = None) -> None:
+    raise KeyboardInterrupt(number)
+
+
+def let_main_answer(_: int) -> None:
+    """In a worker: a signal to all processes of a run must not take main's batches away."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
+
+
 def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
-    """Runs a script. Bad input ends in a clear line and status 2."""
+    """Runs a script. Bad input ends in a clear line and status 2, other trouble in one and 1."""
     args, status, message = flags.parse_args(), 0, ""
+    on_stop(leave)
     try:
         resolve(args)
         if args.check_data:
@@ -1439,8 +1599,11 @@ def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
         message, status = str(error).rsplit("InputError: ", 1)[-1].strip(), 2
     except FloatingPointError as error:
         message, status = str(error), 1
-    except KeyboardInterrupt:
-        message, status = "stopped; the same command goes on from the last checkpoint", 130
+    except OSError as error:
+        message, status = f"{error}; the same command goes on from what was saved before", 1
+    except KeyboardInterrupt as stop:
+        message = "stopped; the same command goes on from the last checkpoint"
+        status = 128 + stop.args[0]
     if message:
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
@@ -1477,6 +1640,9 @@ def check_data(args: argparse.Namespace) -> int:
             keep = args.keep_later and (task, setting) == (args.task, args.setting)
             images = images_of_step(train, step, setting, keep)
             counts = len(images), len(test_images(test, step))
+            missing = ", ".join(names[order[c - 1]] for c in without_image(images, train, step))
+            if missing and (task, setting) == (args.task, args.setting):
+                print(f"  note: {task} cannot be run: step {step.index} has no image of {missing}")
             pairs = zip(map(str, counts), expected.get(step.index, ("", "")), strict=True)
             lines.append([n if there in ("", n) else f"{n}*[{there}]" for n, there in pairs])
         for part, values in zip(("train", "test"), zip(*lines, strict=True), strict=True):

@@ -318,7 +318,7 @@ def flags() -> argparse.ArgumentParser:
     text = "step 0: everything; later: the newest classifier (1e-4: code)"
     add("--weight-decay", type=rate, default=1e-4, help=text)
     text = "DKD-M: images of earlier steps (0; 100 on voc, 300 on ade: paper)"
-    add("--memory", type=int, default=0, metavar="N", help=text)
+    add("--memory", type=common.natural, default=0, metavar="N", help=text)
     return parser
 
 

@@ -303,7 +303,7 @@ def flags() -> argparse.ArgumentParser:
     text = "new model's softmax in Eq. 3: over all channels, or over the old ones (all: paper)"
     add("--student", choices=("all", "old"), help=text)
     text = "of both softmaxes in Eq. 3 (1: code)"
-    add("--temperature", type=rate, default=1.0, metavar="T", help=text)
+    add("--temperature", type=common.above_zero, default=1.0, metavar="T", help=text)
     text = "what is compared: the batch's images, their mean features, pixels (batch: ours)"
     forms = ("batch", "pooled", "pixel")
     add("--similarity-form", choices=forms, default="batch", help=text)

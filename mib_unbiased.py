@@ -1007,7 +1007,7 @@ def flags() -> argparse.ArgumentParser:
     text += "background; their true class; the old model's prediction (masked)"
     add("--labels", choices=kinds, default="masked", help=text)
     text = "this many images of earlier steps stay, with their labels (0)"
-    add("--replay", type=int, default=0, metavar="N", help=text)
+    add("--replay", type=common.natural, default=0, metavar="N", help=text)
     text = "of EWC's penalty (0; MiB's baseline 500, at a rate of 0.001)"
     add("--ewc", type=rate, default=0.0, metavar="WEIGHT", help=text)
     text = "ASPP's, head's and classifiers' rate is this times --lr (1: code)"

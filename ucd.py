@@ -375,7 +375,8 @@ def flags() -> argparse.ArgumentParser:
     add("--base", choices=("mib", "plop"), default="mib", help="what UCD is added to (mib)")
     text = "weight of the contrastive distillation (0.01: code)"
     add("--contrast", type=rate, default=0.01, help=text)
-    add("--temperature", type=rate, default=0.07, help="of the similarities (0.07: code)")
+    text = "of the similarities (0.07: code)"
+    add("--temperature", type=common.above_zero, default=0.07, help=text)
     add("--uncertainty", action=switch, default=True, help="weighs positive pairs (on: paper)")
     add("--old-features", action=switch, default=True, help="among the candidates (on: paper)")
     text = "largest similarity taken from the positives alone, as in the code (off)"
