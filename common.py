@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 import weakref
 import zipfile
 from collections import Counter
@@ -38,6 +39,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -840,6 +842,11 @@ def per_step(values: Sequence, step: Step) -> float:
     return values[0] if step.index == 0 else values[-1]
 
 
+def processes() -> tuple[int, int]:
+    """This process's number, and how many torchrun has started: a device each."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 LAST_GOOD = "The last checkpoint is from before it; try a lower --lr in another --out"
 
 
@@ -886,6 +893,7 @@ class Run:
         self.results: list[dict] = []
         self.added: dict[str, Tensor] = {}
         self.signal = 0
+        self.rank, self.world = processes()
 
     def steps(self) -> Iterator[Step]:
         """The steps left to train, and the report after them. --eval and --predict leave none."""
@@ -896,7 +904,9 @@ class Run:
             return self.evaluate_again()
         if not (self.folder / "config.json").exists():
             self.first_model()  # a bad --step0 or --weights is refused before there is a folder
-        self.open_folder()
+        if self.rank == 0:
+            self.open_folder()
+        self.results = self.of_first(self.results)
         for step in self.plan[len(self.results) :]:
             torch.manual_seed(1000 * self.args.seed + step.index)
             if step.index == 0 and self.args.step0:
@@ -905,7 +915,8 @@ class Run:
                 self.conclude(step, model, {"taken_from": self.args.step0})
             else:
                 yield step
-        (self.folder / "last.pt").unlink(missing_ok=True)  # killed after the last metrics.json
+        if self.rank == 0:
+            (self.folder / "last.pt").unlink(missing_ok=True)  # killed after the last metrics.json
         self.log(self.table())
         self.log(f"weights, metrics.json, train.csv and pictures/ are in {self.folder}")
 
@@ -993,8 +1004,24 @@ class Run:
             self.log(f"{error}; set aside as {path.name}.damaged")
             return None
 
+    def of_first(self, value: object) -> object:
+        """What the first process has, once it has got here."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
     def log(self, text: str) -> None:
         """To the terminal and to log.txt."""
+        if self.rank:
+            return
         print(text, flush=True)
         with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
             file.write(text + "\n")
@@ -1086,7 +1113,11 @@ class Run:
         self.indices = [*self.images[step.index], *range(len(train), len(samples))]
         self.total = max(1, len(self.indices) // args.batch) * per_step(args.epochs, step)
         self.total = min(2, self.total) if args.dry_run else self.total
-        if min(args.batch, len(self.indices)) == 1:
+        images = min(args.batch, len(self.indices)) // self.world
+        if not images:
+            count, known = len(self.indices), f"{self.world} processes"
+            raise InputError(f"step {step.index} has {count} images for {known}: start fewer")
+        if images == 1:
             # the pooling branch has one value per image and channel: one image has no variance
             model.aspp.convs[-1][2].eval()
         for group in groups:
@@ -1099,7 +1130,12 @@ class Run:
         last, count = len(self.plan) - 1, len(self.indices)
         self.log(f"step {step.index} of 0-{last}: learns {new} from {count} images")
         self.resume()
-        return model
+        if self.world == 1:
+            return model
+        if self.device.type == "cuda":
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 kernels
+        return nn.parallel.DistributedDataParallel(model)
 
     def resume(self) -> None:
         """Takes up last.pt if it belongs to this step, and the rows of train.csv up to there."""
@@ -1122,7 +1158,10 @@ class Run:
         """The iterations left: images float [B, 3, H, W], normalised; labels int64 [B, H, W]."""
         args, seed = self.args, (self.args.seed, self.step.index)
         keys = epoch_keys(self.indices, args.batch, seed, self.iteration, self.total)
-        on_stop(self.note)
+        whole = min(args.batch, len(self.indices)) // self.world * self.world
+        keys = (batch[:whole][self.rank :: self.world] for batch in keys)
+        if self.world == 1:  # several processes would answer at different iterations
+            on_stop(self.note)
         try:
             yield from self.read(self.view, keys)
         finally:
@@ -1180,7 +1219,7 @@ class Run:
         height, width = labels.shape[1:]
         down, across = bilinear(logits, 2, height), bilinear(logits, 3, width).T
         valid = labels != IGNORE
-        count = valid.sum().clamp(min=1)
+        count = self.summed(valid.sum()).clamp(min=1) / self.world
         numbers = STRIP[logits.is_cuda]
         rows = max(1, numbers // (logits.shape[0] * logits.shape[1] * width))
         for top in range(0, height, rows):
@@ -1216,7 +1255,7 @@ class Run:
 
     def read_window(self, names: Sequence[str]) -> Tensor:
         """The losses since the last row of train.csv, from the device. Are they finite?"""
-        values = torch.stack(self.window).double().cpu()
+        values = (self.summed(torch.stack(self.window)) / self.world).double().cpu()
         for i, row in enumerate(values, self.iteration - len(values)):
             if not row.isfinite().all():
                 parts = ", ".join(f"{n} {v:g}" for n, v in zip(names, row.tolist(), strict=True))
@@ -1245,7 +1284,7 @@ class Run:
                 print(f"{text[:width]}\033[K", end="\r", flush=True)
             if done or not terminal:
                 self.log(text)
-        if now - self.saved > self.args.save_every:
+        if now - self.saved > self.args.save_every and self.rank == 0:
             self.save()
 
     def save(self) -> None:
@@ -1269,19 +1308,29 @@ class Run:
 
     def finish(self, model: DeepLabV3) -> None:
         """Ends a step. It counts as done once metrics.json holds it; until then last.pt stays."""
-        self.save()
-        images = self.total * min(self.args.batch, len(self.indices))
-        timing = {"images_per_second": images / self.seconds, "minutes": self.seconds / 60}
+        timing = {}
+        if self.rank == 0:
+            self.save()
+            images = self.total * min(self.args.batch, len(self.indices))
+            timing = {"images_per_second": images / self.seconds, "minutes": self.seconds / 60}
         if self.device.type == "cuda":
             timing["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
         self.conclude(self.step, model, timing)
-        (self.folder / "last.pt").unlink()
+        if self.rank == 0:
+            (self.folder / "last.pt").unlink()
 
     def conclude(self, step: Step, model: DeepLabV3, timing: dict) -> None:
         """Evaluation, pictures, step_K.pt, metrics.json."""
         model.eval()
         result = self.evaluate(step, model, timing)
+        self.results.append(result)
+        if self.rank == 0:
+            self.write_step(step, model)
+        self.of_first(None)  # the others wait here: they read its file next
+        self.log(f"  {summary(result)}")
+
+    def write_step(self, step: Step, model: DeepLabV3) -> None:
         self.draw_predictions(step, model)
         content = {
             "model": model.state_dict(),
@@ -1292,9 +1341,7 @@ class Run:
         write_atomically(
             self.folder / f"step_{step.index}.pt", lambda file: torch.save(content, file)
         )
-        self.results.append(result)
         self.write_results()
-        self.log(f"  {summary(result)}")
 
     def write_results(self) -> None:
         content = {"average": self.average(), "steps": self.results}
@@ -1307,9 +1354,10 @@ class Run:
         images = test_images(self.test_sets, step)
         table = test_labels(self.order, step, args.unseen, args.other)
         confusion = torch.zeros(channels, channels, dtype=torch.int64, device=self.device)
-        for pictures, labels in self.sweep(self.source.test, table, images):
+        own = images[self.rank :: self.world]
+        for pictures, labels in self.sweep(self.source.test, table, own):
             confusion += confusion_matrix(labels, self.predict(model(pictures)[0]), channels)
-        confusion = confusion.cpu()
+        confusion = self.summed(confusion).cpu()
         iou, (pixels, classes) = iou_per_class(confusion), accuracies(confusion)
         if args.dataset == "msrc":
             iou[BACKGROUND] = torch.nan  # it has no background
@@ -1549,6 +1597,8 @@ def resolve(args: argparse.Namespace) -> None:
         )
     if not 0 <= args.held_out <= 0.5:
         raise InputError(f"--held-out {args.held_out}: a part of the training images, 0 to 0.5")
+    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     match = re.fullmatch("cpu|cuda(:([0-9]{1,4}))?", args.device)
     if not match:
         raise InputError(f"--device {args.device}: expected cpu, cuda or cuda:N")
@@ -1582,18 +1632,37 @@ def let_main_answer(_: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
+def join(args: argparse.Namespace) -> None:
+    """Under torchrun: this process takes its place among the others."""
+    count = int(os.environ.get("WORLD_SIZE", 1))
+    if args.batch % count:
+        raise InputError(
+            f"--batch {args.batch}: {count} processes share it, it has to be a multiple of {count}"
+        )
+    if count > 1:
+        on_stop(signal.SIG_DFL)  # no answer while it waits for the others
+        cuda = args.device.startswith("cuda")
+        if cuda:
+            torch.cuda.set_device(args.device)
+        dist.init_process_group("nccl" if cuda else "gloo")
+
+
 def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
     """Runs a script. Bad input ends in a clear line and status 2, other trouble in one and 1."""
     args, status, message = flags.parse_args(), 0, ""
+    number = int(os.environ.get("RANK", 0))  # torchrun sets it
     on_stop(leave)
     try:
         resolve(args)
+        join(args)
         if args.check_data:
             status = check_data(args)
         elif args.download:
             download(args)
         else:
             main(args)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except InputError as error:
         # a worker process hands the message over inside a traceback
         message, status = str(error).rsplit("InputError: ", 1)[-1].strip(), 2
@@ -1602,10 +1671,11 @@ def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
     except OSError as error:
         message, status = f"{error}; the same command goes on from what was saved before", 1
     except KeyboardInterrupt as stop:
-        message = "stopped; the same command goes on from the last checkpoint"
+        message = "stopped; the same command goes on from the last checkpoint" if not number else ""
         status = 128 + stop.args[0]
     if message:
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        which = f", process {number}" if number else ""
+        print(f"{Path(sys.argv[0]).name}{which}: {message}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -1,0 +1,85 @@
+"""Several processes, as torchrun starts them: on the CPU, with gloo."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from trees import METHODS, SMALL
+
+ROOT = Path(__file__).resolve().parent.parent
+# runs all methods one after the other, BatchNorm frozen and without dropout: only then is a batch
+# in two halves the same as the whole
+DRIVER = """\
+import importlib, os, sys
+sys.path.insert(0, ROOT)
+import common
+from torch import distributed, nn
+nn.BatchNorm2d.train = lambda self, mode=True: nn.Module.train(self, False)
+nn.Dropout.forward = lambda self, x: x
+init = distributed.init_process_group
+distributed.init_process_group = lambda kind: distributed.is_initialized() or init(kind)
+distributed.destroy_process_group = lambda: None  # one group for all methods
+for method in METHODS:
+    module = importlib.import_module(method)
+    typed = FLAGS + ["--contrast", "0"] * (method == "ucd")  # it contrasts a process's own images
+    typed += ["--lr", "0.01"] * (method == "dkd")  # its head's rate is ten times that
+    sys.argv = [f"{ROOT}/{method}.py", *typed]
+    try:
+        common.launch(module.main, module.flags())
+    except SystemExit as stop:
+        if stop.code:
+            raise
+"""
+
+
+def launch(folder, data, count, methods=METHODS, more=""):
+    """`count` processes; folder/runs is what they leave."""
+    flags = f"--dataset voc --task 19-1 {SMALL} --lr 0.3 --void ignore --epochs 1 {more}".split()
+    flags += ["--data", str(data), "--out", str(folder / "runs"), "--setting", "overlapped"]
+    given = f"ROOT, METHODS, FLAGS = {str(ROOT)!r}, {methods!r}, {flags!r}\n"
+    (folder / "driver.py").write_text(given + DRIVER)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, f"--nproc_per_node={count}", str(folder / "driver.py")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def test_two_processes_learn_what_one_does(tmp_path, data):
+    """The same total batch: the same weights and confusion matrices, and each file once."""
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        done = launch(tmp_path / str(count), data, count)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("learns tvmonitor") == len(METHODS)  # only the first one speaks
+    for method in METHODS:
+        one, two = (tmp_path / f"{n}/runs/{method}-voc-19-1-overlapped-s0" for n in (1, 2))
+        assert {p.name for p in one.iterdir()} == {p.name for p in two.iterdir()}
+        for step in (0, 1):
+            a, b = (
+                torch.load(f / f"step_{step}.pt", weights_only=True)["model"] for f in (one, two)
+            )
+            assert a.keys() == b.keys()
+            old = torch.load(one / "step_0.pt", weights_only=True)["model"]
+            assert step == 0 or (a["head.1.bias"] - old["head.1.bias"]).abs().max() > 1e-3
+            for key, value in a.items():
+                assert torch.allclose(value, b[key], rtol=1e-5, atol=1e-5), (method, step, key)
+        a, b = (json.loads((f / "metrics.json").read_text())["steps"] for f in (one, two))
+        assert [s["test_images"] for s in a] == [s["test_images"] for s in b]
+        for there, here in zip(a, b, strict=True):
+            counted = torch.tensor(there["confusion"]).sum(), torch.tensor(here["confusion"]).sum()
+            assert counted[0] == counted[1]  # no picture twice
+        rows = [(f / "train.csv").read_text().splitlines() for f in (one, two)]
+        for x, y in zip(*rows, strict=True):
+            if x[0] != "s":
+                x, y = ([float(v) for v in line.split(",") if v] for line in (x, y))
+                assert x == pytest.approx(y, rel=1e-3)
+
+
+def test_a_fault_of_one_process_ends_all_with_the_reason(tmp_path, data):
+    done = launch(tmp_path, data, 2, ("dkd",), "--lr 1e30")
+    assert done.returncode != 0 and "the loss is not finite in step 0" in done.stderr
+    done = launch(tmp_path, data, 2, ("dkd",), "--batch 5")
+    assert done.returncode != 0
+    assert "--batch 5: 2 processes share it, it has to be a multiple of 2" in done.stderr
