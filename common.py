@@ -790,7 +790,7 @@ def write_atomically(path: Path, write: Callable) -> None:
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:  # torch.save wraps the one in the other
         reason = getattr(error, "strerror", None) or str(error.__context__ or error)
-        raise OSError(f"{path}: cannot be written ({reason.splitlines()[0]})") from None
+        raise OSError(f"{path}: cannot be written ({' '.join(reason.split())})") from None
     finally:
         beside.unlink(missing_ok=True)
 
@@ -816,7 +816,7 @@ def read_checkpoint(path: str | Path, what: str) -> dict:
     except FileNotFoundError:
         raise InputError(f"{what} {path}: no such file") from None
     except OSError as error:
-        raise InputError(f"{what} {path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{what} {path}: cannot be read ({error})") from None
     except Exception as error:  # damage can surface as anything
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise Damaged(f"{what} {path}: not a file of tensors and plain values ({reason})") from None
@@ -994,6 +994,8 @@ class Run:
             raise InputError(
                 f"{self.folder}: another process is at work in it; wait for it, or give --out DIR"
             ) from None
+        except OSError:
+            pass  # a file system without locks
 
     def checkpoint(self, path: Path) -> dict | None:
         """A checkpoint of this run. None: it is damaged; that is said, and it is set aside."""

@@ -151,7 +151,7 @@ def make_read_only(_, monkeypatch):
     [
         (fill_disk, "last.pt: cannot be written (No space left on device)"),
         (make_read_only, "train.csv: cannot be written (Read-only file system)"),
-        (vanish, "train.csv: cannot be written (No such file or dir"),
+        (vanish, "No such file or directory"),
     ],
 )
 def test_a_fault_of_the_disk_loses_nothing(start, monkeypatch, whole, fault, message):
