@@ -7,6 +7,7 @@ The border: if two papers could disagree about it, it is in the method file. In 
     model       DeepLabV3 with one 1x1 classifier per step
     metric      confusion matrix, IoU, the averages of the published tables
     run         checkpoints, resume, log, evaluation, pictures, report
+    results     python common.py RUN ...: a table of finished runs beside the published numbers
     flags       the command line; --check-data and --download
 """
 
@@ -17,6 +18,7 @@ import colorsys
 import csv
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -874,7 +876,9 @@ class Run:
         versions["device"] = torch.cuda.get_device_name(self.device) if cuda else "cpu"
         try:
             (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
-            write_json(config, {"flags": flags, "versions": versions, "commit": git_commit()})
+            content = {"flags": flags, "versions": versions, "commit": git_commit()}
+            content |= {"published": self.published, "argv": sys.argv[1:]}
+            write_json(config, content)
             shutil.copy(sys.argv[0], self.folder)
         except OSError as error:
             raise InputError(f"--out {args.out}: cannot be written to ({error.strerror})") from None
@@ -1232,14 +1236,9 @@ class Run:
                     lines.append(title.ljust(26) + "".join(cell.rjust(8) for cell in cells))
         lines.append(f"average of 'all' over the steps: {self.average():.2f}")
         flags = self.args
-        wanted = (flags.dataset, flags.task, flags.setting, self.published)
-        for r in read_table("published"):
-            if (r["dataset"], r["task"], r["setting"], r["method"]) == wanted:
-                counted = "no background" if r["convention"].startswith("A") else "with background"
-                values = ", ".join(
-                    f"{k} {r[v]}" for k, v in (("base", "old"), ("new", "new")) if r[v]
-                )
-                lines.append(f"published: {values}, all {r['all']} ({counted}; {r['source']})")
+        for r in published(flags.dataset, flags.task, flags.setting, self.published):
+            values = ", ".join(f"{k} {r[v]}" for k, v in (("base", "old"), ("new", "new")) if r[v])
+            lines.append(f"published: {values}, all {r['all']} ({counted(r)}; {r['source']})")
         return "\n".join(lines)
 
 
@@ -1263,6 +1262,220 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+# -------------------------------------------------------------------------------------- results
+
+
+def published(dataset: str, task: str, setting: str, method: str) -> list[dict[str, str]]:
+    """The rows of data/published.csv."""
+    wanted = {"dataset": dataset, "task": task, "setting": setting, "method": method}
+    return [row for row in read_table("published") if wanted.items() <= row.items()]
+
+
+def counted(row: dict[str, str]) -> str:
+    """What a published row's averages of base and all cover."""
+    return "no background" if row["convention"].startswith("A") else "with background"
+
+
+def read_run(given: str) -> dict:
+    """A finished run, for the table. `given`: its folder; NAME=folder names it.
+
+    flags       those that differ from the script's recipe, as typed; no paths, no seed
+    iou         per step: float64 [C], percent, NaN for a class that no test image shows
+    InputError  no run there, one that is not finished, or one of a script that is not here
+    """
+    name, folder = given.split("=", 1) if "=" in given else ("", given)
+    file = Path(folder) / "metrics.json"
+    try:
+        config = json.loads(file.with_name("config.json").read_text())
+        steps = json.loads(file.read_text())["steps"]
+        there, versions = config["flags"], config["versions"]
+        made = importlib.import_module(there["method"]).flags()
+        classes = len(class_table(there["dataset"])[0]) - 1
+        missing = len(task_steps(there["task"], classes)) - len(steps)
+        iou = [[math.nan if v is None else v for v in step["iou"].values()] for step in steps]
+        columns = {key: there[key] for key in ("dataset", "task", "setting")} | {
+            "trunk": f"{there['backbone']}, crop {there['crop']}",
+            "tested on": f"{steps[-1]['test_images']} images",
+            "device": f"{versions['device']}, {there['precision']}",
+            "torch": versions["torch"],
+            "date": time.strftime("%Y-%m-%d", time.gmtime(file.stat().st_mtime)),
+        }
+    except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
+        raise InputError(f"{folder}: no results of a run ({error})") from None
+    if missing:
+        raise InputError(f"{folder}: not finished, {missing} steps are missing")
+    recipe = vars(made.parse_args(["--dataset", there["dataset"]]))
+    fill_in(recipe)
+    words = config.get("argv") or made.format_usage().split()
+    typed, flags = {flag for word in words for flag in re.findall(r"^\W*(--[\w-]+)", word)}, []
+    for key, value in there.items():
+        # without a default of its own (None) a flag was filled in by the script, unless typed
+        if key not in UNSHOWN and value not in (None, recipe.get(key)):
+            text = as_typed(key, value)
+            if recipe.get(key) is not None or text.split()[0] in typed:
+                flags.append(text)
+    return {
+        "name": name or ("joint" if there["task"] == "offline" else config.get("published")),
+        "published": config.get("published", name),
+        "script": f"{there['method']}.py",
+        "flags": flags,
+        "seed": there["seed"],
+        "columns": columns,
+        "iou": [torch.tensor(values, dtype=torch.float64) for values in iou],
+        "minutes": [step["timing"].get("minutes", math.nan) for step in steps],
+    }
+
+
+# what says nothing of the method, stands in columns of its own, or is no flag
+UNSHOWN = {"task", "dataset", "setting", "seed", "data", "out", "step0", "save_every", "device"}
+UNSHOWN |= {"precision", "workers", "method", "head", "dropout", "bn_momentum", "warmup"}
+
+
+def as_typed(key: str, value: object) -> str:
+    """A flag as on the command line; of a path only the last part."""
+    flag, values = "--" + key.replace("_", "-"), value if isinstance(value, list) else [value]
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    texts = (f"{v:g}" if isinstance(v, float) else Path(str(v)).name for v in values)
+    return " ".join([flag, *texts])
+
+
+def table_rows(runs: Sequence[dict]) -> list[dict]:
+    """Runs that differ in the seed become a row with values [seeds, steps, 3]: base, new, all.
+
+    The classes of a joint run are divided as in the first other task on its data set.
+    """
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        same = [run["columns"][key] for key in ("dataset", "task", "setting", "tested on")]
+        key = str([run["name"], run["script"], *run["flags"], *same])
+        groups.setdefault(key, []).append(run)
+    rows = []
+    for group in groups.values():
+        like = run = group[0]
+        if run["columns"]["task"] == "offline":
+            others = (r for r in runs if r["columns"]["dataset"] == run["columns"]["dataset"])
+            like = next((r for r in others if r["columns"]["task"] != "offline"), run)
+        best = best_published(like["columns"], like["published"])
+        covers = counted(best) if best else "with background"
+        if like is not run:
+            best = best_published(like["columns"], "Joint", covers)
+        base = like["columns"]["task"].split("-")[0]
+        base = int(base) if base != "offline" else len(run["iou"][0])
+        shares = [[averages(iou, base, covers[:2] != "no") for iou in r["iou"]] for r in group]
+        row = {"name": run["name"] or run["published"] or run["script"][:-3], "group": group}
+        values = [[[step[k] for k in KINDS] for step in steps] for steps in shares]
+        rows.append(row | {"best": best, "covers": covers, "values": np.array(values)})
+    return rows
+
+
+KINDS = ("base", "new", "all")
+
+
+def best_published(at: dict, method: str, covers: str = "") -> dict | None:
+    """Of several rows one that covers the same, is a mean of several runs, has all numbers."""
+    found = published(at["dataset"], at["task"], at["setting"], method)
+    order = [(counted(r) == covers, bool(r["std"]), bool(r["old"])) for r in found]
+    return found[order.index(max(order))] if found else None
+
+
+def results_table(rows: Sequence[dict]) -> str:
+    """Markdown. What is the same in every row stands once, above the table."""
+    shared = [f for f in rows[0]["group"][0]["flags"] if len(rows) > 1]
+    shared = [f for f in shared if all(f in row["group"][0]["flags"] for row in rows)]
+    lines = []
+    for row in rows:
+        group, best = row["group"], row["best"]
+        line = {"method": row["name"]}
+        for kind, values in zip(KINDS, row["values"][:, -1].T, strict=True):
+            spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+            line[kind] = "-" if np.isnan(values).any() else f"{values.mean():.1f}{spread}"
+        line["seeds"] = ", ".join(str(run["seed"]) for run in group)
+        numbers = " / ".join(best[k] or "-" for k in ("old", "new", "all")) if best else "-"
+        line["published"] = f"{numbers} ({counted(best)}; {best['source']})" if best else "-"
+        line["averages"] = row["covers"]
+        for key in group[0]["columns"]:
+            line[key] = ", ".join(sorted({run["columns"][key] for run in group}))
+        minutes = torch.tensor([run["minutes"] for run in group]).nanmean(0)
+        line["minutes"] = f"{minutes.nansum():.3g}" + " without step 0" * minutes.isnan().any()
+        own = [flag for flag in group[0]["flags"] if flag not in shared]
+        line["command"] = f"`{' '.join([group[0]['script'], *own])}`"
+        lines.append(line)
+    kept = ("method", *KINDS, "seeds")
+    same = {k for k in lines[0] if len(rows) > 1 and k not in kept}
+    same = {k: lines[0][k] for k in lines[0] if k in same and len({line[k] for line in lines}) == 1}
+    above = ["mIoU in %", *(f"{k} {v}" for k, v in same.items() if v != "-")]
+    above += [f"flags `{' '.join(shared)}`"] * bool(shared)
+    columns = [k for k in lines[0] if k not in same]
+    cells = [columns, ["---"] * len(columns), *([line[k] for k in columns] for line in lines)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return f"{'; '.join(above)}\n\n{table}"
+
+
+def draw_curves(rows: Sequence[dict], file: str) -> str:
+    """mIoU over the steps: a line per row, a band of a standard deviation; says where it is."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "--curves needs one more package: pip install matplotlib"
+    figure = Figure((11, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    for row in rows:
+        means, deviations = row["values"].mean(0), row["values"].std(0, ddof=len(row["group"]) > 1)
+        for axes, mean, deviation in zip(panels, means.T, deviations.T, strict=True):
+            steps = np.arange(len(mean))
+            if len(mean) > 1:
+                (line,) = axes.plot(steps, mean, marker="o", label=row["name"])
+                band = mean - deviation, mean + deviation
+                axes.fill_between(steps, *band, color=line.get_color(), alpha=0.2, lw=0)
+            else:  # a joint run has one step, which the others are measured against
+                axes.axhline(mean[0], color="0.4", ls="--", label=row["name"])
+    for axes, kind in zip(panels, ("base classes", "new classes", "all seen so far"), strict=True):
+        axes.set(title=kind, xlabel="step", ylim=(0, None))
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].set(ylabel="mIoU, %")
+    handles = panels[0].get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
+    try:
+        figure.savefig(file, dpi=110)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--curves {file}: cannot be written ({error})") from None
+    return f"curves in {file}"
+
+
+def flags() -> argparse.ArgumentParser:
+    text = (
+        "A Markdown table of finished runs: mean and spread over the seeds, and what is published."
+    )
+    made = argparse.ArgumentParser(description=text, allow_abbrev=False)
+    text = "folders of runs; those that differ only in the seed share a row; NAME=RUN names it"
+    made.add_argument("runs", metavar="RUN", nargs="+", help=text)
+    text = "also draw mIoU over the steps, a line per row (needs matplotlib)"
+    made.add_argument("--curves", metavar="FILE.png", help=text)
+    return made
+
+
+def report(args: argparse.Namespace) -> int:
+    """python common.py RUN ...; what cannot be used is named, the rest is shown; status 2 then."""
+    runs, problems = [], []
+    for given in args.runs:
+        try:
+            runs.append(read_run(given))
+        except InputError as error:
+            problems.append(error)
+    rows = table_rows(runs)
+    try:
+        if rows:
+            print(results_table(rows))
+        if rows and args.curves:
+            print(f"\n{draw_curves(rows, args.curves)}")
+    except InputError as error:
+        problems.append(error)
+    for problem in problems:
+        print(f"common.py: {problem}", file=sys.stderr)
+    return 2 if problems else 0
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -1346,12 +1559,17 @@ def rate(text: str) -> float:
     return value
 
 
+def fill_in(flags: dict) -> None:
+    """Takes what was not typed from the recipe of the data set; own pictures have that of VOC."""
+    recipes = flags.pop("recipes")
+    for key, value in recipes.get(flags["dataset"], recipes["voc"]).items():
+        if flags.get(key) is None:
+            flags[key] = value
+
+
 def resolve(args: argparse.Namespace) -> None:
     """Fills in what was not typed: the recipe of the data set, device, precision, workers."""
-    recipes = args.__dict__.pop("recipes")
-    for key, value in recipes[args.dataset].items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
+    fill_in(vars(args))
     args.method = Path(sys.argv[0]).stem
     args.task = args.task or {"ade": "100-50", "msrc": "16-5"}.get(args.dataset, "15-1")
     for key in ("epochs", "lr"):
@@ -1495,3 +1713,7 @@ def write_aug_masks(voc: Path, mats: Path, loadmat: Callable) -> None:
             mask = Image.fromarray(loadmat(path)["GTcls"][0]["Segmentation"][0])
             mask.putpalette(palette)
             mask.save(target / f"{path.stem}.png")
+
+
+if __name__ == "__main__":
+    sys.exit(report(flags().parse_args()))
