@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
@@ -140,7 +140,9 @@ FOLDERS = {  # the release's folder, and what must lie in it
     "voc": ("VOCdevkit/VOC2012", "SegmentationClassAug"),
     "ade": ("ADEChallengeData2016", "annotations"),
     "msrc": ("MSRC_ObjCategImageDatabase_v2", "GroundTruth"),
+    "folder": (".", "train/masks"),
 }
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 DATASETS = (*FOLDERS, "shapes")
 
 
@@ -150,8 +152,19 @@ def read_table(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def class_table(dataset: str) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Names and colours of the ids 0 ... K."""
+def class_table(dataset: str, data: str = "") -> tuple[list[str], list[tuple[int, int, int]]]:
+    """Names and colours of the ids 0 ... K. Own pictures have names in `data`/classes.txt."""
+    if dataset == "folder":
+        file = Path(data) / "classes.txt"
+        if not file.exists():
+            raise InputError(f"--dataset folder: no {file}\n{how_to_get(dataset)}")
+        names = ["background", *read_lines(file, "--dataset folder:")]
+        if not 1 < len(set(names)) == len(names) <= IGNORE:
+            raise InputError(f"{file}: 1 to 254 classes, each once, without background (number 0)")
+        # hues a golden section apart, light and dark in turn
+        hsv = ((0.618 * i, (1, 0.55)[i // 2 % 2], (1, 0.65)[i % 2]) for i in range(len(names) - 1))
+        colours = [tuple(int(255 * v) for v in colorsys.hsv_to_rgb(*c)) for c in hsv]
+        return names, [(0, 0, 0), *colours]
     rows = read_table(dataset)
     colours = [tuple(int(row[k]) for k in ("red", "green", "blue")) for row in rows]
     return ["background", *(row["name"] for row in rows)], [(0, 0, 0), *colours]
@@ -185,6 +198,7 @@ def open_source(dataset: str, data: str, held_out: float = 0.0) -> Source:
     else:
         folder, needed = FOLDERS[dataset]
         tried = [Path(data) / folder, Path(data) / Path(folder).name, Path(data)]
+        tried = [*dict.fromkeys(tried)]
         root = next((path for path in tried if (path / needed).is_dir()), None)
         if root is None:
             raise InputError(
@@ -194,8 +208,8 @@ def open_source(dataset: str, data: str, held_out: float = 0.0) -> Source:
                 + "To see the method run first, without any data:\n"
                 + f"    python {Path(sys.argv[0]).name} --task 15-1 --dataset shapes"
             )
-        read = {"voc": voc_samples, "ade": ade_samples, "msrc": msrc_samples}[dataset]
-        train, test = read(root)
+        read = {"voc": voc_samples, "ade": ade_samples, "msrc": msrc_samples}
+        train, test = (read | {"folder": folder_samples})[dataset](root)
     if held_out:
         out = [int((i + 1) * held_out) > int(i * held_out) for i in range(len(train))]
         test = [s for s, is_out in zip(train, out, strict=True) if is_out]
@@ -249,6 +263,18 @@ def msrc_samples(root: Path) -> tuple[list, list]:
     return train + validation, test
 
 
+def folder_samples(root: Path) -> tuple[list, list]:
+    """Own pictures: train/images/x.jpg with train/masks/x.png; the same in test/."""
+    return tuple(
+        [
+            (file, root / part / "masks" / f"{file.stem}.png")
+            for file in sorted((root / part / "images").glob("*"))
+            if file.suffix.lower() in PICTURES
+        ]
+        for part in ("train", "test")
+    )
+
+
 SHAPES_TRAIN, SHAPES_TEST, SHAPES_SIZE = 1000, 200, 72  # pictures, pictures, pixels
 
 
@@ -297,8 +323,24 @@ def open_image(path: Path, what: str) -> Image.Image:
         raise InputError(f"{path}: not a readable {what} ({error})") from None
 
 
-def read_picture(path: Path | int) -> Image.Image:
-    return draw(path)[0] if isinstance(path, int) else open_image(path, "picture").convert("RGB")
+def read_picture(path: Path | int, turn: bool = False) -> Image.Image:
+    """In RGB; with `turn` upright, as a camera's note in the file says."""
+    if isinstance(path, int):
+        return draw(path)[0]
+    picture = open_image(path, "picture")
+    if picture.mode.startswith("I;16"):  # Pillow would clip it at 255
+        picture = picture.point(lambda value: value * (1 / 256)).convert("L")
+    return (ImageOps.exif_transpose(picture) if turn else picture).convert("RGB")
+
+
+def pictures_in(given: str) -> list[Path]:
+    """--predict: the pictures in a folder and the folders in it; a file stands for itself."""
+    if not Path(given).is_dir():
+        return [Path(given)]
+    found = [path for path in Path(given).rglob("*") if path.suffix.lower() in PICTURES]
+    if not found:
+        raise InputError(f"--predict {given}: no picture in this folder ({' '.join(PICTURES)})")
+    return sorted(found)
 
 
 def read_mask(path: Path | int) -> Image.Image:
@@ -342,10 +384,7 @@ def class_sets(masks: Sequence[Path | int], classes: int) -> list[list[int]]:
     """
 
     def read(mask: Path | int) -> list[int]:
-        found = [i for i, n in enumerate(read_mask(mask).histogram()[:IGNORE]) if n and i]
-        if found and found[-1] > classes:
-            raise InputError(f"{mask}: class number {found[-1]}, but there are only {classes}")
-        return found
+        return [i for i, n in enumerate(read_mask(mask).histogram()[:IGNORE]) if n and i]
 
     if isinstance(masks[0], int):
         return list(map(read, masks))
@@ -368,6 +407,9 @@ def class_sets(masks: Sequence[Path | int], classes: int) -> list[list[int]]:
             write_json(cache, known)
         except OSError:
             pass  # nowhere to keep it: the next run reads the masks again
+    for mask in masks:
+        if (ids := known[mask.name][1]) and ids[-1] > classes:
+            raise InputError(f"{mask}: class number {ids[-1]}, but there are only {classes}")
     return [known[mask.name][1] for mask in masks]
 
 
@@ -719,24 +761,67 @@ def overlay(picture: Image.Image, labels: np.ndarray, palette: Sequence[tuple]) 
     return Image.fromarray(mixed.astype(np.uint8))
 
 
-def sheet(rows: Sequence, titles: Sequence[str], legend: Sequence[tuple]) -> Image.Image:
-    """Rows of pictures under column titles, and below them the legend: (name, colour) pairs."""
-    side, gap, line, column = 192, 6, 22, 148
-    per_line = len(titles) * (side + gap) // column
-    bottom = line + len(rows) * (side + gap)
-    height = bottom + -(-len(legend) // per_line) * line + gap
-    page = Image.new("RGB", (len(titles) * (side + gap) + gap, height), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+def legend(entries: Sequence[tuple], width: int, size: int) -> Image.Image:
+    """(name, colour) pairs in columns as wide as the longest name; text of `size` pixels."""
+    font = ImageFont.load_default(size)
+    column = max((int(font.getlength(name)) for name, _ in entries), default=0) + 3 * size
+    per_line, line = max(1, width // column), size * 3 // 2
+    page = Image.new("RGB", (max(width, column), -(-len(entries) // per_line) * line), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (name, colour) in enumerate(entries):
+        x, y = size // 2 + i % per_line * column, (i // per_line + 0.5) * line
+        pen.rectangle((x, y - size // 2, x + size, y + size // 2), fill=colour, outline="black")
+        pen.text((x + 1.5 * size, y), name, "black", font, "lm")
+    return page
+
+
+def sheet(rows: Sequence, titles: Sequence[str], entries: Sequence[tuple]) -> Image.Image:
+    """Rows of pictures under column titles, and the legend; to be read at 800 pixels' width."""
+    side, gap, width = 192, 6, len(titles) * 198 + 6
+    size = max(14, width // 58)
+    names, top = legend(entries, width, size), 2 * size
+    page = Image.new("RGB", (width, top + len(rows) * (side + gap) + names.height + gap), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size)
     for x, title in enumerate(titles):
-        pen.text((gap + x * (side + gap), 3), title, "black", font)
+        pen.text((gap + x * (side + gap) + side // 2, top // 2), title, "black", font, "mm")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            at = (gap + x * (side + gap), line + y * (side + gap))
+            at = (gap + x * (side + gap), top + y * (side + gap))
             page.paste(picture.resize((side, side)), at)
-    for i, (name, colour) in enumerate(legend):
-        x, y = gap + i % per_line * column, bottom + i // per_line * line
-        pen.rectangle((x, y + 3, x + 13, y + 16), fill=colour, outline="black")
-        pen.text((x + 19, y + 1), name, "black", font)
+    page.paste(names, (0, page.height - names.height - gap // 2))
+    return page
+
+
+def draw_confusion(confusion: np.ndarray, names: Sequence[str], base: int) -> Image.Image:
+    """The confusion matrix, rows = truth, in percent of the row; red lines behind class `base`."""
+    count, gap = len(confusion), 8
+    cell, size = (34, 15) if count <= 40 else (15, 12)
+    font = ImageFont.load_default(size)
+    title = "rows: truth", "columns: predicted", "% of the row"
+    margin = int(max(font.getlength(text) for text in (*title, *names[:count]))) + 2 * gap
+    side = count * cell
+    page = Image.new("RGB", (margin + side + gap,) * 2, "white")
+    column = Image.new("RGB", (margin, side), "white")  # turned by 90 degrees when it is full
+    pen, upright = ImageDraw.Draw(page), ImageDraw.Draw(column)
+    for y, row in enumerate(confusion):
+        at = margin + y * cell
+        pen.text((margin - gap, at + cell // 2), names[y], "black", font, "rm")
+        upright.text((gap, y * cell + cell // 2), names[y], "black", font, "lm")
+        for x, share in enumerate(row / max(1, row.sum())):
+            shade = tuple(round(255 - (255 - c) * share**0.5) for c in (20, 60, 130))
+            corner = (margin + x * cell, at)
+            box = (*corner, corner[0] + cell - 2, at + cell - 2)
+            pen.rectangle(box, fill=shade if row.sum() else (225, 225, 225))
+            if cell > 30 and share >= 0.005:
+                middle = (corner[0] + cell // 2, at + cell // 2)
+                ink = "white" if share > 0.3 else "black"
+                pen.text(middle, f"{100 * share:.0f}", ink, font, "mm")
+    page.paste(column.transpose(Image.Transpose.ROTATE_90), (margin, 0))
+    if base + 1 < count:
+        behind, end = margin + (base + 1) * cell - 1, margin + side
+        pen.line((behind, 0, behind, end), "red", 2)
+        pen.line((0, behind, end, behind), "red", 2)
+    pen.multiline_text((gap, gap), "\n".join(title), "black", font)
     return page
 
 
@@ -810,7 +895,7 @@ class Run:
         self.mean, self.std = (
             255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEAN, STD)
         )
-        names, palette = class_table(args.dataset)
+        names, palette = class_table(args.dataset, args.data)
         self.order = class_order(args.class_order, names[1:])
         self.names, self.palette = (
             [values[raw] for raw in (BACKGROUND, *self.order)] for values in (names, palette)
@@ -864,7 +949,8 @@ class Run:
         begun = any((self.folder / name).exists() for name in ("last.pt", "metrics.json"))
         if begun:
             there = json.loads(config.read_text())["flags"]
-            free = ("data", "out", "device", "workers", "save_every", "step0")
+            free = ("out", "device", "workers", "save_every", "step0")
+            free += ("data",) * (args.dataset != "folder")  # there it is another data set
             differ = [k for k in flags if k not in free and flags[k] != there.get(k)]
             if differ:
                 listed = ", ".join(f"{k} {there.get(k)} there, {flags[k]} here" for k in differ)
@@ -877,7 +963,7 @@ class Run:
         try:
             (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
             content = {"flags": flags, "versions": versions, "commit": git_commit()}
-            content |= {"published": self.published, "argv": sys.argv[1:]}
+            content |= {"published": self.published, "argv": sys.argv[1:], "classes": self.names}
             write_json(config, content)
             shutil.copy(sys.argv[0], self.folder)
         except OSError as error:
@@ -958,8 +1044,7 @@ class Run:
         tables = np.stack([*([labels] * len(train)), *(table for _, table in memory)])
         self.view = View(samples, tables, args.crop, (args.seed, step.index))
         self.indices = [*self.images[step.index], *range(len(train), len(samples))]
-        self.total = max(1, len(self.indices) // args.batch) * per_step(args.epochs, step)
-        self.total = min(2, self.total) if args.dry_run else self.total
+        self.total = self.iterations(step, len(self.indices))
         norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
         if min(args.batch, len(self.indices)) == 1 and any(m.training for m in norms):
             raise InputError(
@@ -977,6 +1062,11 @@ class Run:
         self.log(f"step {step.index} of 0-{last}: learns {new} from {count} images")
         self.resume()
         return model
+
+    def iterations(self, step: Step, images: int) -> int:
+        """Of a step: full batches per epoch, times the epochs."""
+        total = max(1, images // self.args.batch) * per_step(self.args.epochs, step)
+        return min(2, total) if self.args.dry_run else total
 
     def resume(self) -> None:
         """Takes up last.pt if it belongs to this step, and the rows of train.csv up to there."""
@@ -1055,9 +1145,15 @@ class Run:
         if done or now - self.shown > (0.2 if terminal else 30):
             self.shown = now
             spent = self.seconds + now - self.clock
-            left = round(spent / self.iteration * (self.total - self.iteration))
-            text = f"  iteration {self.iteration}/{self.total}, {left // 60}:{left % 60:02} left, "
-            text += f"{self.iteration * self.args.batch / spent:.0f} images/s; "
+            todo, each = self.total - self.iteration, max(1, len(self.indices) // self.args.batch)
+            epoch, epochs = (-(-count // each) for count in (self.iteration, self.total))
+            text = f"  step {self.step.index} epoch {epoch}/{epochs}, "
+            text += f"iteration {self.iteration}/{self.total}, "
+            text += f"{clock(spent / self.iteration * todo)} left"
+            if later := self.plan[self.step.index + 1 :]:  # which distil and keep memories: slower
+                todo += sum(self.iterations(s, len(self.images[s.index])) for s in later)
+                text += f" (run: {clock(spent / self.iteration * todo)} or more)"
+            text += f", {self.iteration * self.args.batch / spent:.0f} images/s; "
             text += ", ".join(f"{name} {value}" for name, value in means.items())
             if terminal:  # the next line takes this one's place
                 width = shutil.get_terminal_size().columns - 1
@@ -1098,6 +1194,8 @@ class Run:
         model.eval()
         result = self.evaluate(step, model, timing)
         self.draw_predictions(step, model)
+        page = draw_confusion(np.array(result["confusion"]), self.names, self.plan[0].last)
+        page.save(self.folder / "pictures" / f"confusion_{step.index}.png")
         content = {
             "model": model.state_dict(),
             "step": step.index,
@@ -1140,22 +1238,43 @@ class Run:
 
     @torch.no_grad()
     def draw_predictions(self, step: Step, model: DeepLabV3) -> None:
-        """pictures/step_K.png: up to six test pictures with classes from all over the task."""
+        """pictures/step_K.png: up to six test pictures with classes from all over the task, their
+        truth, and their predictions after up to six of the steps so far."""
         chosen: list[int] = []
         for c in np.linspace(1, len(self.order), 6).round():
             fitting = (i for i, ids in enumerate(self.test_sets) if c in ids and i not in chosen)
             chosen += list(fitting)[:1]
         truth = test_labels(self.order, self.plan[-1], "ignore", "background")
-        view, rows, shown = View(self.source.test, truth, self.args.crop), [], set()
-        for i in chosen:
-            pixels, labels = view[0, i]
-            maps = labels.numpy(), self.segment(model, pixels)
-            picture = Image.fromarray(pixels.numpy())
-            rows.append([picture, *(overlay(picture, m, self.palette) for m in maps)])
-            shown |= {c for m in maps for c in np.unique(m).tolist()} - {BACKGROUND, IGNORE}
-        legend = [(self.names[c], self.palette[c]) for c in sorted(shown)]
-        titles = ("picture", "truth", f"after step {step.index}")
-        sheet(rows, titles, legend).save(self.folder / "pictures" / f"step_{step.index}.png")
+        view = View(self.source.test, truth, self.args.crop)
+        pixels, labels = zip(*(view[0, i] for i in chosen or [0]), strict=True)
+        columns = {"truth": [map_.numpy() for map_ in labels]}
+        for k in sorted({*np.linspace(0, step.index, 6).round().astype(int).tolist()}):
+            file = self.folder / "pictures" / f"predicted_{k}.png"  # for the sheets to come
+            if k == step.index:
+                side_by_side = Image.fromarray(np.hstack([self.segment(model, p) for p in pixels]))
+                side_by_side.putpalette(sum(self.palette, ()))
+                side_by_side.save(file)
+            if file.exists():
+                columns[f"after step {k}"] = np.hsplit(np.array(Image.open(file)), len(pixels))
+        pictures = [Image.fromarray(p.numpy()) for p in pixels]
+        shown = {c for column in columns.values() for map_ in column for c in np.unique(map_)}
+        rows = [
+            [picture, *(overlay(picture, map_, self.palette) for map_ in maps)]
+            for picture, *maps in zip(pictures, *columns.values(), strict=True)
+        ]
+        page = sheet(rows, ("picture", *columns), self.entries(shown))
+        page.save(self.folder / "pictures" / f"step_{step.index}.png")
+
+    def entries(self, shown: set[int]) -> list[tuple]:
+        """The legend's names and colours, as they look over grey."""
+        patch = Image.new("L", (1, 1), 128)
+        return [
+            (
+                "void" if c == IGNORE else self.names[c],
+                overlay(patch, np.full((1, 1), c), self.palette).getpixel((0, 0)),
+            )
+            for c in sorted(shown - {BACKGROUND})
+        ]
 
     def segment(self, model: DeepLabV3, pixels: Tensor) -> np.ndarray:
         """uint8 picture [H, W, 3] -> uint8 class ids [H, W]."""
@@ -1198,21 +1317,30 @@ class Run:
         steps = [s for s in self.plan if (self.folder / f"step_{s.index}.pt").exists()]
         if not steps:
             raise InputError(f"--predict: no step_0.pt in {self.folder}; train first")
-        model, target = self.load(steps[-1]), self.folder / "pictures"
-        for path in map(Path, self.args.predict):
-            picture = read_picture(path)
+        model, names = self.load(steps[-1]), set()
+        for path in itertools.chain(*map(pictures_in, self.args.predict)):
+            picture = read_picture(path, turn=True)
             size = [round(s * self.args.crop / min(picture.size)) for s in picture.size]
             small = np.array(picture.resize(size, Image.Resampling.BILINEAR))
             classes = Image.fromarray(self.segment(model, torch.from_numpy(small)))
             classes = classes.resize(picture.size, Image.Resampling.NEAREST)
-            shares = [(n, self.names[c]) for c, n in enumerate(classes.histogram()) if n]
-            painted = overlay(picture, np.asarray(classes), self.palette)
-            painted.save(target / f"{path.stem}_overlay.png")
+            counts = {c: n for c, n in enumerate(classes.histogram()) if n}
+            key = legend(self.entries({*counts}), picture.width, max(14, picture.width // 50))
+            page = Image.new("RGB", (key.width, picture.height + key.height), "white")
+            page.paste(overlay(picture, np.asarray(classes), self.palette))
+            page.paste(key, (0, picture.height))
+            name = "-".join(filter(None, (path.parent.name, path.stem)))
+            while name in names:
+                name += "_2"
+            names.add(name)
+            target = self.folder / "pictures" / name
+            page.save(f"{target}_overlay.png")
             classes.putpalette(sum(self.palette, ()))
-            classes.save(target / f"{path.stem}_classes.png")
+            classes.save(f"{target}_classes.png")
             percent = 100 / (picture.width * picture.height)
-            found = ", ".join(f"{name} {n * percent:.1f} %" for n, name in sorted(shares)[::-1])
-            print(f"{path}: {found}; see {target / path.stem}_overlay.png and _classes.png")
+            shares = sorted(((n * percent, self.names[c]) for c, n in counts.items()), reverse=True)
+            found = ", ".join(f"{name} {share:.1f} %" for share, name in shares)
+            print(f"{path}: {found}; see {target}_overlay.png and _classes.png")
 
     def average(self) -> float:
         """Mean over the steps of the mIoU over the classes seen at each, background included."""
@@ -1240,6 +1368,11 @@ class Run:
             values = ", ".join(f"{k} {r[v]}" for k, v in (("base", "old"), ("new", "new")) if r[v])
             lines.append(f"published: {values}, all {r['all']} ({counted(r)}; {r['source']})")
         return "\n".join(lines)
+
+
+def clock(seconds: float) -> str:
+    hours, seconds = divmod(round(seconds), 3600)
+    return f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
 
 
 def summary(result: dict) -> str:
@@ -1292,8 +1425,8 @@ def read_run(given: str) -> dict:
         steps = json.loads(file.read_text())["steps"]
         there, versions = config["flags"], config["versions"]
         made = importlib.import_module(there["method"]).flags()
-        classes = len(class_table(there["dataset"])[0]) - 1
-        missing = len(task_steps(there["task"], classes)) - len(steps)
+        names = config.get("classes") or class_table(there["dataset"])[0]
+        missing = len(task_steps(there["task"], len(names) - 1)) - len(steps)
         iou = [[math.nan if v is None else v for v in step["iou"].values()] for step in steps]
         columns = {key: there[key] for key in ("dataset", "task", "setting")} | {
             "trunk": f"{there['backbone']}, crop {there['crop']}",
@@ -1304,6 +1437,8 @@ def read_run(given: str) -> dict:
         }
     except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
         raise InputError(f"{folder}: no results of a run ({error})") from None
+    if there["dataset"] == "folder":
+        columns["dataset"] += f" {Path(there['data']).name}"
     if missing:
         raise InputError(f"{folder}: not finished, {missing} steps are missing")
     recipe = vars(made.parse_args(["--dataset", there["dataset"]]))
@@ -1614,7 +1749,7 @@ def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
 def check_data(args: argparse.Namespace) -> int:
     """--check-data: every file; images per step beside the published lists. 1 on an error."""
     source = open_source(args.dataset, args.data, args.held_out)
-    names, _ = class_table(args.dataset)
+    names, _ = class_table(args.dataset, args.data)
     order = class_order(args.class_order, names[1:])
     samples = [*source.train, *source.test]
     print(f"{source.where}: {len(source.train)} training and {len(source.test)} test images")

@@ -3,13 +3,17 @@
 import argparse
 import json
 import os
+import re
+import runpy
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
-from trees import TINY
+import trees
+from PIL import Image
+from trees import METHODS, SMALL, TINY
 
 import common
 import dkd
@@ -92,15 +96,14 @@ def test_a_folder_that_is_no_finished_run_is_left_out_in_one_line(tmp_path, caps
     assert "half: not finished, 2 steps are missing" in lines[1]
 
 
-def test_the_command_prints_the_table_of_a_real_run(start, tmp_path):
-    assert start(TINY + " --alpha 1 --epochs 1")[0] == 0
-    command = [sys.executable, str(ROOT / "common.py"), "runs/dkd-voc-19-1-overlapped-s0"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    (row,) = cells(done.stdout)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert row["method"] == "DKD" and "--alpha 1" in row["command"]
-    last = json.loads(Path("runs/dkd-voc-19-1-overlapped-s0/metrics.json").read_text())["steps"][-1]
-    assert float(row["all"]) == pytest.approx(last["with_background"]["all"], abs=0.051)
+def test_the_command_prints_the_table(tmp_path, monkeypatch, capsys):
+    finished(tmp_path / "a", dkd, "--task 15-1", 50)
+    monkeypatch.setattr(sys, "argv", ["common.py", f"mine={tmp_path / 'a'}", "nowhere"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(ROOT / "common.py"), run_name="__main__")
+    out, err = capsys.readouterr()
+    assert stop.value.code == 2 and cells(out)[0]["method"] == "mine"
+    assert err.startswith("common.py: nowhere: no results")
 
 
 def test_curves_are_drawn_with_matplotlib_and_else_one_line_says_so(tmp_path, capsys, monkeypatch):
@@ -115,3 +118,151 @@ def test_curves_are_drawn_with_matplotlib_and_else_one_line_says_so(tmp_path, ca
     assert common.open_image(tmp_path / "x.png", "curves").width > 1000
     assert report(*runs, curves=tmp_path / "no/x.png") == 2
     assert "--curves" in capsys.readouterr().err
+
+
+@pytest.fixture
+def pets(tmp_path):
+    """Own pictures: a folder with three classes; class 3 only in two pictures of the test."""
+    root = tmp_path / "pets"
+    for part, images in (("train", [[1], [2], [3], [1, 3], [2, 3]]), ("test", [[1, 2], [3]])):
+        for i, classes in enumerate(images):
+            ending = ("jpg", "png", "webp")[i % 3]
+            trees.write(root / part / f"images/{part}{i}.{ending}", trees.picture(i))
+            trees.write(root / part / f"masks/{part}{i}.png", trees.mask(classes))
+    (root / "classes.txt").write_text("cat\ndog\n\nhorse\n")
+    return root
+
+
+OWN = f"--dataset folder --task 2-1 --setting overlapped {SMALL} --epochs 1"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_on_own_pictures_and_has_its_row(start, pets, method, capsys):
+    status, out, err = start(OWN, pets, method)
+    assert (status, err) == (0, "") and "learns horse (3) from 3 images" in out
+    folder = Path(f"runs/{method}-folder-2-1-overlapped-s0")
+    last = json.loads((folder / "metrics.json").read_text())["steps"][-1]
+    assert [*last["iou"]] == ["background", "cat", "dog", "horse"] and last["test_images"] == 2
+    assert report(folder) == 0
+    (row,) = cells(capsys.readouterr().out)
+    assert row["dataset"] == "folder pets" and row["trunk"] == "small, crop 32"
+    assert float(row["all"]) == pytest.approx(last["with_background"]["all"], abs=0.051)
+    typed = "--epochs 1 --batch 4 --crop 32 --backbone small --weights none --output-stride 8"
+    assert row["command"] == f"`{method}.py {typed}`"
+    # another folder of pictures is another data set
+    pets.rename(pets.with_name("others"))
+    status, _, err = start(OWN, pets.with_name("others"), method)
+    assert status == 2 and "holds another run (data" in err
+
+
+def test_own_pictures_are_checked(start, pets):
+    status, out, _ = start(f"{OWN} --check-data", pets)
+    assert status == 0 and "5 training and 2 test images" in out and "\n0 errors" in out
+    colours = common.class_table("folder", pets)[1]
+    assert len({*colours}) == 4
+    (pets / "classes.txt").write_text("cat\ndog\n")  # masks read once are held against it again
+    status, _, err = start(f"{OWN} --task 1-1", pets)
+    assert status == 2 and "train2.png: class number 3, but there are only 2" in err
+    for text in ("", "cat\ncat", "background\ncat"):
+        (pets / "classes.txt").write_text(text)
+        status, _, err = start(OWN, pets)
+        assert status == 2 and "classes.txt: 1 to 254 classes, each once" in err
+    (pets / "classes.txt").write_text("cat\ndog\nhorse\n")
+    (pets / "train/masks/train1.png").unlink()
+    status, _, err = start(OWN, pets)
+    assert status == 2 and "train/masks/train1.png: no such mask" in err
+    assert "error: no mask: 1" in start(f"{OWN} --check-data", pets)[1]
+    (pets / "classes.txt").unlink()
+    status, _, err = start(OWN, pets)
+    assert status == 2 and "DIR/train/masks/x.png" in err
+
+
+def test_pictures_show_every_step_also_after_a_resume(start, data, monkeypatch):
+    pages, matrices = [], []
+    sheet, confusion = common.sheet, common.draw_confusion
+    monkeypatch.setattr(common, "sheet", lambda *a: pages.append(a) or sheet(*a))
+    monkeypatch.setattr(common, "draw_confusion", lambda *a: matrices.append(a) or confusion(*a))
+    flags = f"{TINY} --task 14-1 --epochs 1 --batch 16"
+    folder = Path("runs/dkd-voc-14-1-overlapped-s0")
+
+    def stop_in_the_last_step(self, groups, *rest):
+        if self.step.index == 6:
+            raise KeyboardInterrupt
+        return update(self, groups, *rest)
+
+    update = common.Run.update
+    monkeypatch.setattr(common.Run, "update", stop_in_the_last_step)
+    assert start(flags)[0] == 130 and len(pages) == 6
+    monkeypatch.setattr(common.Run, "update", update)
+    assert start(flags)[0] == 0
+    after = [[title for title in page[1] if "after" in title] for page in pages]
+    assert after[1] == ["after step 0", "after step 1"]
+    assert after[6] == [f"after step {k}" for k in (0, 1, 2, 4, 5, 6)]
+    # what a step predicted looks the same in its own sheet and in the last one
+    for k, column in ((1, 3), (2, 4), (4, 5)):
+        own = [np.asarray(row[-1]) for row in pages[k][0]]
+        late = [np.asarray(row[column]) for row in pages[6][0]]
+        assert all((a == b).all() for a, b in zip(own, late, strict=True))
+    assert len(matrices[6][0]) == 21
+    for k, matrix in enumerate(matrices):
+        page = common.open_image(folder / f"pictures/confusion_{k}.png", "matrix")
+        assert page.width == page.height > 34 * len(matrix[0])
+
+
+@pytest.mark.parametrize("count", [21, 151])
+def test_sheets_and_matrices_have_room_for_long_names(count):
+    """No text touches the border; every cell of the matrix has the colour of its share."""
+    names = [
+        "background",
+        *(f"{'escalator;moving staircase ' * (i % 9 == 0)}{i}" for i in range(count - 1)),
+    ]
+    matrix = np.diag(np.arange(count)) + 1
+    matrix[3] = 0
+    page = np.asarray(common.draw_confusion(matrix, names, 10).convert("L")).astype(int)
+    assert (page[:, :3] == 255).mean() > 0.99 and (page[:3] == 255).mean() > 0.99
+    cell = 34 if count == 21 else 15
+    start = len(page) - 8 - count * cell + 3
+    corners = page[start::cell, start::cell][:count, :count]
+    assert corners[5, 5] < corners[5, 4] and corners[20, 20] < corners[5, 5]
+    assert {*corners[3].tolist()} == {225}
+    entries = [(name, (9, 9, 9)) for name in names[1:]]
+    key = np.asarray(common.legend(entries, 600, 14).convert("L"))
+    assert (key[:, -3:] == 255).all() and key.shape[1] >= 600
+    assert common.legend([], 600, 14).height == 0
+
+
+def test_predict_takes_folders_and_keeps_pictures_of_one_name_apart(start, tmp_path):
+    flags = f"{TINY} --epochs 1"
+    assert start(flags)[0] == 0
+    photos = tmp_path / "photos"
+    for name in ("a/x.jpg", "b/x.jpg", "b/x.png", "b/deep/y.webp"):
+        trees.write(photos / name, trees.picture(len(name), 40, 70))
+    (photos / "note.txt").write_text("no picture")
+    turned = Image.new("RGB", (60, 30), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6  # a camera held upright
+    turned.save("upright.jpg", exif=exif)
+    grey = np.linspace(0, 65535, 30 * 60).reshape(30, 60)
+    Image.fromarray(grey.astype(np.uint16)).save("sixteen.png")
+    read = np.asarray(common.read_picture(Path("sixteen.png")))
+    assert read.max() == 255 and 120 < read.mean() < 135
+    status, out, _ = start(f"{flags} --predict photos upright.jpg sixteen.png")
+    assert status == 0 and len(out.splitlines()) == 6 and "note" not in out
+    pictures = Path("runs/dkd-voc-19-1-overlapped-s0/pictures")
+    for name in ("a-x", "b-x", "b-x_2", "deep-y"):
+        assert common.open_image(pictures / f"{name}_classes.png", "map").size == (70, 40)
+        # below the overlay: the legend
+        assert common.open_image(pictures / f"{name}_overlay.png", "overlay").height >= 40
+    assert common.open_image(pictures / "upright_classes.png", "map").size == (30, 60)
+    (tmp_path / "empty").mkdir()
+    status, _, err = start(f"{flags} --predict empty")
+    assert status == 2 and "--predict empty: no picture in this folder" in err
+
+
+def test_progress_tells_step_epoch_and_what_is_left(start, pets):
+    _, out, _ = start(f"{OWN} --epochs 3 --batch 2", pets)
+    lines = [line for line in out.splitlines() if "iteration" in line]
+    pattern = r"  step {} epoch 3/3, iteration {}/{}, 0:00:00 left{}, \d+ images/s; mbce .*"
+    assert re.fullmatch(pattern.format(0, 6, 6, r" \(run: 0:\d\d:\d\d or more\)"), lines[0])
+    assert re.fullmatch(pattern.format(1, 3, 3, ""), lines[1])
+    assert common.clock(3725.4) == "1:02:05"
