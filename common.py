@@ -963,7 +963,7 @@ class Run:
         try:
             (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
             content = {"flags": flags, "versions": versions, "commit": git_commit()}
-            content |= {"published": self.published, "argv": sys.argv[1:], "classes": self.names}
+            content |= {"published": self.published, "classes": self.names}
             write_json(config, content)
             shutil.copy(sys.argv[0], self.folder)
         except OSError as error:
@@ -1411,10 +1411,16 @@ def counted(row: dict[str, str]) -> str:
     return "no background" if row["convention"].startswith("A") else "with background"
 
 
-def read_run(given: str) -> dict:
-    """A finished run, for the table. `given`: its folder; NAME=folder names it.
+# what says nothing of the method, stands in a column of its own, or is no flag
+UNSHOWN = {"task", "dataset", "setting", "seed", "data", "out", "step0", "save_every", "device"}
+UNSHOWN |= {"precision", "workers", "method", "head", "dropout", "bn_momentum", "warmup"}
+KINDS = ("base", "new", "all")
 
-    flags       those that differ from the script's recipe, as typed; no paths, no seed
+
+def read_run(given: str) -> dict:
+    """A finished run, for the table. `given`: its folder, or NAME=folder.
+
+    flags       those that differ from the script's recipe, as typed
     iou         per step: float64 [C], percent, NaN for a class that no test image shows
     InputError  no run there, one that is not finished, or one of a script that is not here
     """
@@ -1422,50 +1428,39 @@ def read_run(given: str) -> dict:
     file = Path(folder) / "metrics.json"
     try:
         config = json.loads(file.with_name("config.json").read_text())
-        steps = json.loads(file.read_text())["steps"]
-        there, versions = config["flags"], config["versions"]
+        steps, there = json.loads(file.read_text())["steps"], config["flags"]
         made = importlib.import_module(there["method"]).flags()
         names = config.get("classes") or class_table(there["dataset"])[0]
         missing = len(task_steps(there["task"], len(names) - 1)) - len(steps)
         iou = [[math.nan if v is None else v for v in step["iou"].values()] for step in steps]
-        columns = {key: there[key] for key in ("dataset", "task", "setting")} | {
+        own = f" {Path(there['data']).name}" * (there["dataset"] == "folder")
+        columns = {
+            "dataset": there["dataset"] + own,
+            "task": there["task"],
+            "setting": there["setting"],
             "trunk": f"{there['backbone']}, crop {there['crop']}",
             "tested on": f"{steps[-1]['test_images']} images",
-            "device": f"{versions['device']}, {there['precision']}",
-            "torch": versions["torch"],
+            "device": f"{config['versions']['device']}, {there['precision']}",
+            "torch": config["versions"]["torch"],
             "date": time.strftime("%Y-%m-%d", time.gmtime(file.stat().st_mtime)),
         }
     except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
         raise InputError(f"{folder}: no results of a run ({error})") from None
-    if there["dataset"] == "folder":
-        columns["dataset"] += f" {Path(there['data']).name}"
     if missing:
         raise InputError(f"{folder}: not finished, {missing} steps are missing")
     recipe = vars(made.parse_args(["--dataset", there["dataset"]]))
     fill_in(recipe)
-    words = config.get("argv") or made.format_usage().split()
-    typed, flags = {flag for word in words for flag in re.findall(r"^\W*(--[\w-]+)", word)}, []
-    for key, value in there.items():
-        # without a default of its own (None) a flag was filled in by the script, unless typed
-        if key not in UNSHOWN and value not in (None, recipe.get(key)):
-            text = as_typed(key, value)
-            if recipe.get(key) is not None or text.split()[0] in typed:
-                flags.append(text)
-    return {
+    shown = {k: v for k, v in there.items() if k in recipe and k not in UNSHOWN}
+    return columns | {
         "name": name or ("joint" if there["task"] == "offline" else config.get("published")),
         "published": config.get("published", name),
-        "script": f"{there['method']}.py",
-        "flags": flags,
+        "script": there["method"],
+        "flags": [as_typed(k, v) for k, v in shown.items() if v not in (None, recipe[k])],
         "seed": there["seed"],
-        "columns": columns,
+        "columns": [*columns],
         "iou": [torch.tensor(values, dtype=torch.float64) for values in iou],
         "minutes": [step["timing"].get("minutes", math.nan) for step in steps],
     }
-
-
-# what says nothing of the method, stands in columns of its own, or is no flag
-UNSHOWN = {"task", "dataset", "setting", "seed", "data", "out", "step0", "save_every", "device"}
-UNSHOWN |= {"precision", "workers", "method", "head", "dropout", "bn_momentum", "warmup"}
 
 
 def as_typed(key: str, value: object) -> str:
@@ -1477,6 +1472,13 @@ def as_typed(key: str, value: object) -> str:
     return " ".join([flag, *texts])
 
 
+def best_published(run: dict, method: str, covers: str = "") -> dict | None:
+    """Of several rows one that covers the same, is a mean of several runs, has all numbers."""
+    found = published(run["dataset"], run["task"], run["setting"], method)
+    order = [(counted(r) == covers, bool(r["std"]), bool(r["old"])) for r in found]
+    return found[order.index(max(order))] if found else None
+
+
 def table_rows(runs: Sequence[dict]) -> list[dict]:
     """Runs that differ in the seed become a row with values [seeds, steps, 3]: base, new, all.
 
@@ -1484,66 +1486,54 @@ def table_rows(runs: Sequence[dict]) -> list[dict]:
     """
     groups: dict[str, list[dict]] = {}
     for run in runs:
-        same = [run["columns"][key] for key in ("dataset", "task", "setting", "tested on")]
-        key = str([run["name"], run["script"], *run["flags"], *same])
-        groups.setdefault(key, []).append(run)
+        same = ("name", "script", "dataset", "task", "setting", "tested on", "flags")
+        groups.setdefault(str([run[key] for key in same]), []).append(run)
     rows = []
     for group in groups.values():
         like = run = group[0]
-        if run["columns"]["task"] == "offline":
-            others = (r for r in runs if r["columns"]["dataset"] == run["columns"]["dataset"])
-            like = next((r for r in others if r["columns"]["task"] != "offline"), run)
-        best = best_published(like["columns"], like["published"])
+        if run["task"] == "offline":
+            others = (r for r in runs if r["dataset"] == run["dataset"] and r["task"] != "offline")
+            like = next(others, run)
+        best = best_published(like, like["published"])
         covers = counted(best) if best else "with background"
         if like is not run:
-            best = best_published(like["columns"], "Joint", covers)
-        base = like["columns"]["task"].split("-")[0]
-        base = int(base) if base != "offline" else len(run["iou"][0])
-        shares = [[averages(iou, base, covers[:2] != "no") for iou in r["iou"]] for r in group]
-        row = {"name": run["name"] or run["published"] or run["script"][:-3], "group": group}
-        values = [[[step[k] for k in KINDS] for step in steps] for steps in shares]
-        rows.append(row | {"best": best, "covers": covers, "values": np.array(values)})
+            best = best_published(like, "Joint", covers)
+        last = like["task"].split("-")[0]
+        base = int(last) if last != "offline" else len(run["iou"][0])
+        values = [[averages(iou, base, covers[:2] != "no") for iou in r["iou"]] for r in group]
+        values = np.array([[[step[k] for k in KINDS] for step in steps] for steps in values])
+        name = run["name"] or run["published"] or run["script"]
+        new = {"name": name, "runs": group, "values": values, "best": best, "covers": covers}
+        rows.append(run | new)
     return rows
-
-
-KINDS = ("base", "new", "all")
-
-
-def best_published(at: dict, method: str, covers: str = "") -> dict | None:
-    """Of several rows one that covers the same, is a mean of several runs, has all numbers."""
-    found = published(at["dataset"], at["task"], at["setting"], method)
-    order = [(counted(r) == covers, bool(r["std"]), bool(r["old"])) for r in found]
-    return found[order.index(max(order))] if found else None
 
 
 def results_table(rows: Sequence[dict]) -> str:
     """Markdown. What is the same in every row stands once, above the table."""
-    shared = [f for f in rows[0]["group"][0]["flags"] if len(rows) > 1]
-    shared = [f for f in shared if all(f in row["group"][0]["flags"] for row in rows)]
+    first, several = rows[0], len(rows) > 1
+    shared = [f for f in first["flags"] if several and all(f in row["flags"] for row in rows)]
     lines = []
     for row in rows:
-        group, best = row["group"], row["best"]
-        line = {"method": row["name"]}
+        line, best = {"method": row["name"]}, row["best"]
         for kind, values in zip(KINDS, row["values"][:, -1].T, strict=True):
             spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
             line[kind] = "-" if np.isnan(values).any() else f"{values.mean():.1f}{spread}"
-        line["seeds"] = ", ".join(str(run["seed"]) for run in group)
+        line["seeds"] = ", ".join(str(run["seed"]) for run in row["runs"])
         numbers = " / ".join(best[k] or "-" for k in ("old", "new", "all")) if best else "-"
         line["published"] = f"{numbers} ({counted(best)}; {best['source']})" if best else "-"
         line["averages"] = row["covers"]
-        for key in group[0]["columns"]:
-            line[key] = ", ".join(sorted({run["columns"][key] for run in group}))
-        minutes = torch.tensor([run["minutes"] for run in group]).nanmean(0)
-        line["minutes"] = f"{minutes.nansum():.3g}" + " without step 0" * minutes.isnan().any()
-        own = [flag for flag in group[0]["flags"] if flag not in shared]
-        line["command"] = f"`{' '.join([group[0]['script'], *own])}`"
+        for key in row["columns"]:
+            line[key] = ", ".join(sorted({run[key] for run in row["runs"]}))
+        minutes = torch.tensor([run["minutes"] for run in row["runs"]]).nanmean(0)
+        line["minutes"] = f"{minutes.nansum():.3g}" + " without step 0" * bool(minutes[0].isnan())
+        own = [f for f in row["flags"] if f not in shared]
+        line["command"] = f"`{' '.join([row['script'] + '.py', *own])}`"
         lines.append(line)
-    kept = ("method", *KINDS, "seeds")
-    same = {k for k in lines[0] if len(rows) > 1 and k not in kept}
-    same = {k: lines[0][k] for k in lines[0] if k in same and len({line[k] for line in lines}) == 1}
-    above = ["mIoU in %", *(f"{k} {v}" for k, v in same.items() if v != "-")]
+    free = [key for key in lines[0] if several and key not in ("method", *KINDS, "seeds")]
+    same = {k: lines[0][k] for k in free if len({line[k] for line in lines}) == 1}
+    above = ["mIoU in %", *(f"{key} {value}" for key, value in same.items() if value != "-")]
     above += [f"flags `{' '.join(shared)}`"] * bool(shared)
-    columns = [k for k in lines[0] if k not in same]
+    columns = [key for key in lines[0] if key not in same]
     cells = [columns, ["---"] * len(columns), *([line[k] for k in columns] for line in lines)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
     return f"{'; '.join(above)}\n\n{table}"
@@ -1557,21 +1547,21 @@ def draw_curves(rows: Sequence[dict], file: str) -> str:
         return "--curves needs one more package: pip install matplotlib"
     figure = Figure((11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
-    for row in rows:
-        means, deviations = row["values"].mean(0), row["values"].std(0, ddof=len(row["group"]) > 1)
-        for axes, mean, deviation in zip(panels, means.T, deviations.T, strict=True):
-            steps = np.arange(len(mean))
-            if len(mean) > 1:
-                (line,) = axes.plot(steps, mean, marker="o", label=row["name"])
-                band = mean - deviation, mean + deviation
-                axes.fill_between(steps, *band, color=line.get_color(), alpha=0.2, lw=0)
-            else:  # a joint run has one step, which the others are measured against
+    titles = ("base classes", "new classes", "all seen so far")
+    for k, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        axes.set(title=title, xlabel="step", ylabel="" if k else "mIoU, %")
+        for row in rows:
+            values = row["values"][:, :, k]
+            mean, spread = values.mean(0), values.std(0, ddof=len(values) > 1)
+            if len(mean) == 1:  # a joint run has one step, which the others are measured against
                 axes.axhline(mean[0], color="0.4", ls="--", label=row["name"])
-    for axes, kind in zip(panels, ("base classes", "new classes", "all seen so far"), strict=True):
-        axes.set(title=kind, xlabel="step", ylim=(0, None))
+                continue
+            (line,) = axes.plot(mean, marker="o", label=row["name"])
+            band = range(len(mean)), mean - spread, mean + spread
+            axes.fill_between(*band, color=line.get_color(), alpha=0.2, lw=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    panels[0].set(ylabel="mIoU, %")
-    handles = panels[0].get_legend_handles_labels()[0]
+    axes.set(ylim=(0, None))
+    handles = axes.get_legend_handles_labels()[0]
     figure.legend(handles=handles, loc="outside right center", frameon=False)
     try:
         figure.savefig(file, dpi=110)
@@ -1581,9 +1571,7 @@ def draw_curves(rows: Sequence[dict], file: str) -> str:
 
 
 def flags() -> argparse.ArgumentParser:
-    text = (
-        "A Markdown table of finished runs: mean and spread over the seeds, and what is published."
-    )
+    text = "Finished runs as a Markdown table: mean and spread over seeds, and what was published."
     made = argparse.ArgumentParser(description=text, allow_abbrev=False)
     text = "folders of runs; those that differ only in the seed share a row; NAME=RUN names it"
     made.add_argument("runs", metavar="RUN", nargs="+", help=text)
@@ -1593,24 +1581,18 @@ def flags() -> argparse.ArgumentParser:
 
 
 def report(args: argparse.Namespace) -> int:
-    """python common.py RUN ...; what cannot be used is named, the rest is shown; status 2 then."""
-    runs, problems = [], []
+    """python common.py RUN ...; what is no finished run is named and left out, status 2."""
+    runs = []
     for given in args.runs:
         try:
             runs.append(read_run(given))
         except InputError as error:
-            problems.append(error)
-    rows = table_rows(runs)
-    try:
-        if rows:
-            print(results_table(rows))
-        if rows and args.curves:
+            print(f"common.py: {error}", file=sys.stderr)
+    if rows := table_rows(runs):
+        print(results_table(rows))
+        if args.curves:
             print(f"\n{draw_curves(rows, args.curves)}")
-    except InputError as error:
-        problems.append(error)
-    for problem in problems:
-        print(f"common.py: {problem}", file=sys.stderr)
-    return 2 if problems else 0
+    return 0 if len(runs) == len(args.runs) else 2
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -1635,35 +1617,52 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     on, ways = "store_true", ("background", "ignore")
     settings = ("overlapped", "disjoint", "sequential")
     add = made.add_argument_group("task").add_argument
-    add("--task", help="A-B: A classes, then B at a time; or offline (15-1; ade 100-50, msrc 16-5)")
-    add("--dataset", choices=DATASETS, default="voc", help="shapes is drawn, needs no files (voc)")
+    text = "A classes, then B at a time; or offline: all at once (15-1; ade 100-50, msrc 16-5)"
+    add("--task", metavar="A-B", help=text)
+    text = "shapes: drawn, needs no files; folder: your own pictures, with voc's recipe (voc)"
+    add("--dataset", choices=DATASETS, default="voc", help=text)
     text = "images of a step: any with a new class; none with later ones; old labels shown"
     add("--setting", choices=settings, default="overlapped", help=f"{text} (overlapped)")
     text = "disjoint, sequential: images that also show later classes stay; msrc needs it where "
-    text += "a class is never seen without one of them"
+    text += "a class is never seen without one of them (off)"
     add("--keep-later", action=on, help=text)
-    add("--data", metavar="DIR", default=str(HERE / "data"), help="unpacked data set (data/)")
+    add(
+        "--data",
+        metavar="DIR",
+        default=str(HERE / "data"),
+        help="data set, as data/README.md says (data/)",
+    )
     add("--class-order", metavar="FILE", help="class names or ids, a line each (as in data/*.csv)")
     add("--void", choices=ways, help=f"void pixels in training ({default('void')})")
     add("--unseen", choices=ways, help=f"later classes in the test ({default('unseen')})")
     add("--other", choices=ways, default=ways[0], help="ADE20K's id 0 in the test (background)")
     text = "test on this part of the training images, for tuning (0: on the test images)"
     add("--held-out", type=float, default=0.0, metavar="PART", help=text)
-    add = made.add_argument_group("schedule (two values: step 0, later steps)").add_argument
-    add("--epochs", type=positive, nargs="+", help=f"({default('epochs')})")
-    add("--batch", type=positive, help=f"images per iteration ({default('batch')})")
-    add("--lr", type=rate, nargs="+", help=f"the trunk's rate; poly decay 0.9 ({default('lr')})")
-    add("--crop", type=positive, help=f"side of the network's input, pixels ({default('crop')})")
+    text = "Two values: step 0, later steps. Where defaults come from: RECIPE in the script."
+    add = made.add_argument_group("schedule", text).add_argument
+    add("--epochs", type=positive, metavar="N", nargs="+", help=f"({default('epochs')})")
+    add("--batch", type=positive, metavar="N", help=f"images per iteration ({default('batch')})")
+    text = f"the trunk's learning rate; poly decay, power 0.9 ({default('lr')})"
+    add("--lr", type=rate, metavar="RATE", nargs="+", help=text)
+    text = f"side of the network's input, pixels ({default('crop')})"
+    add("--crop", type=positive, metavar="PIXELS", help=text)
     add = made.add_argument_group("model").add_argument
-    add("--backbone", choices=BACKBONES, help=f"({default('backbone')})")
-    add("--weights", help=f"imagenet (torchvision's), none, or a file ({default('weights')})")
-    add("--output-stride", type=int, choices=(8, 16), help=f"({default('output_stride')})")
+    add("--backbone", choices=BACKBONES, help=f"the trunk ({default('backbone')})")
+    text = f"of the trunk: imagenet (torchvision's), none (random), a file ({default('weights')})"
+    add("--weights", metavar="FILE", help=text)
+    text = f"input pixels per cell of the trunk's last map ({default('output_stride')})"
+    add("--output-stride", type=int, choices=(8, 16), help=text)
     add = made.add_argument_group("system").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cpu, cuda, cuda:1 (cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="of the network (bf16 on cuda, else fp32)")
-    add("--workers", type=int, help="processes that read images (one a core, 8 at most; shapes 0)")
-    add("--seed", type=int, default=0, help="(0)")
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes that read images (one a core, 8 at most; shapes 0)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of weights, order and augmentation (0)")
     text = "seconds between checkpoints inside a step (60)"
     add("--save-every", type=float, default=60, metavar="SECONDS", help=text)
     add = made.add_argument_group("output").add_argument
@@ -1671,7 +1670,8 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     add("--out", metavar="DIR", default="runs", help=text)
     add("--step0", metavar="FILE", help="take this step_0.pt instead of training step 0")
     add("--eval", action=on, help="only evaluate the run's checkpoints")
-    add("--predict", metavar="IMAGE", nargs="+", help="only segment pictures, with the newest one")
+    text = "only segment pictures, or folders of them, with the run's newest model"
+    add("--predict", metavar="PICTURE", nargs="+", help=text)
     add("--dry-run", action=on, help="two iterations per step, all else real, own folder")
     add("--check-data", action=on, help="only check the files, and count images per step")
     add("--download", action=on, help="only fetch the data set (voc), or say where it comes from")
@@ -1851,4 +1851,7 @@ def write_aug_masks(voc: Path, mats: Path, loadmat: Callable) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(report(flags().parse_args()))
+    try:
+        sys.exit(report(flags().parse_args()))
+    except InputError as problem:
+        sys.exit(f"common.py: {problem}")
