@@ -780,7 +780,8 @@ def sheet(rows: Sequence, titles: Sequence[str], entries: Sequence[tuple]) -> Im
     side, gap, width = 192, 6, len(titles) * 198 + 6
     size = max(14, width // 58)
     names, top = legend(entries, width, size), 2 * size
-    page = Image.new("RGB", (width, top + len(rows) * (side + gap) + names.height + gap), "white")
+    height = top + len(rows) * (side + gap) + names.height + gap
+    page = Image.new("RGB", (names.width, height), "white")
     pen, font = ImageDraw.Draw(page), ImageFont.load_default(size)
     for x, title in enumerate(titles):
         pen.text((gap + x * (side + gap) + side // 2, top // 2), title, "black", font, "mm")
@@ -1518,14 +1519,14 @@ def results_table(rows: Sequence[dict]) -> str:
         for kind, values in zip(KINDS, row["values"][:, -1].T, strict=True):
             spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
             line[kind] = "-" if np.isnan(values).any() else f"{values.mean():.1f}{spread}"
-        line["seeds"] = ", ".join(str(run["seed"]) for run in row["runs"])
+        line["seeds"] = ", ".join(str(seed) for seed in sorted(run["seed"] for run in row["runs"]))
         numbers = " / ".join(best[k] or "-" for k in ("old", "new", "all")) if best else "-"
         line["published"] = f"{numbers} ({counted(best)}; {best['source']})" if best else "-"
         line["averages"] = row["covers"]
         for key in row["columns"]:
             line[key] = ", ".join(sorted({run[key] for run in row["runs"]}))
         minutes = torch.tensor([run["minutes"] for run in row["runs"]]).nanmean(0)
-        line["minutes"] = f"{minutes.nansum():.3g}" + " without step 0" * bool(minutes[0].isnan())
+        line["minutes"] = f"{minutes.nansum():.3g}" + " without step 0" * math.isnan(minutes[0])
         own = [f for f in row["flags"] if f not in shared]
         line["command"] = f"`{' '.join([row['script'] + '.py', *own])}`"
         lines.append(line)
@@ -1638,9 +1639,15 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     add("--other", choices=ways, default=ways[0], help="ADE20K's id 0 in the test (background)")
     text = "test on this part of the training images, for tuning (0: on the test images)"
     add("--held-out", type=float, default=0.0, metavar="PART", help=text)
-    text = "Two values: step 0, later steps. Where defaults come from: RECIPE in the script."
+    text = "Two values: step 0, later steps. The defaults' sources: RECIPE in the script."
     add = made.add_argument_group("schedule", text).add_argument
-    add("--epochs", type=positive, metavar="N", nargs="+", help=f"({default('epochs')})")
+    add(
+        "--epochs",
+        type=positive,
+        metavar="N",
+        nargs="+",
+        help=f"over the step's images ({default('epochs')})",
+    )
     add("--batch", type=positive, metavar="N", help=f"images per iteration ({default('batch')})")
     text = f"the trunk's learning rate; poly decay, power 0.9 ({default('lr')})"
     add("--lr", type=rate, metavar="RATE", nargs="+", help=text)
