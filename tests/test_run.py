@@ -85,7 +85,7 @@ def test_a_run_and_what_it_leaves(start, tmp_path, data):
     classes = common.open_image(FOLDER / "pictures/grey photo_classes.png", "class map")
     assert status == 0 and classes.size == (90, 50) and classes.mode == "P"
     painted = common.read_picture(FOLDER / "pictures/grey photo_overlay.png")
-    assert painted.width >= 90 and painted.height > 50  # the legend is below
+    assert painted.width >= 90 and painted.height >= 50  # a legend may be below
     shares = [float(value) for value in re.findall(r"([0-9.]+) %", out)]
     assert sum(shares) == pytest.approx(100, abs=0.5)
 
