@@ -7,6 +7,7 @@ The border: if two papers could disagree about it, it is in the method file. In 
     model       DeepLabV3 with one 1x1 classifier per step
     metric      confusion matrix, IoU, the averages of the published tables
     run         checkpoints, resume, log, evaluation, pictures, report
+    results     python common.py RUN ...: a table of finished runs beside the published numbers
     flags       the command line; --check-data and --download
 """
 
@@ -17,6 +18,7 @@ import colorsys
 import csv
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import math
@@ -153,7 +155,9 @@ FOLDERS = {  # the release's folder, and what must lie in it
     "voc": ("VOCdevkit/VOC2012", "SegmentationClassAug"),
     "ade": ("ADEChallengeData2016", "annotations"),
     "msrc": ("MSRC_ObjCategImageDatabase_v2", "GroundTruth"),
+    "folder": (".", "train/masks"),
 }
+PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 DATASETS = (*FOLDERS, "shapes")
 
 
@@ -163,8 +167,19 @@ def read_table(name: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def class_table(dataset: str) -> tuple[list[str], list[tuple[int, int, int]]]:
-    """Names and colours of the ids 0 ... K."""
+def class_table(dataset: str, data: str = "") -> tuple[list[str], list[tuple[int, int, int]]]:
+    """Names and colours of the ids 0 ... K. Own pictures have names in `data`/classes.txt."""
+    if dataset == "folder":
+        file = Path(data) / "classes.txt"
+        if not file.exists():
+            raise InputError(f"--dataset folder: no {file}\n{how_to_get(dataset)}")
+        names = ["background", *read_lines(file, "--dataset folder:")]
+        if not 1 < len(set(names)) == len(names) <= IGNORE:
+            raise InputError(f"{file}: 1 to 254 classes, each once, without background (number 0)")
+        # hues a golden section apart, light and dark in turn
+        hsv = ((0.618 * i, (1, 0.55)[i // 2 % 2], (1, 0.65)[i % 2]) for i in range(len(names) - 1))
+        colours = [tuple(int(255 * v) for v in colorsys.hsv_to_rgb(*c)) for c in hsv]
+        return names, [(0, 0, 0), *colours]
     rows = read_table(dataset)
     colours = [tuple(int(row[k]) for k in ("red", "green", "blue")) for row in rows]
     return ["background", *(row["name"] for row in rows)], [(0, 0, 0), *colours]
@@ -198,6 +213,7 @@ def open_source(dataset: str, data: str, held_out: float = 0.0) -> Source:
     else:
         folder, needed = FOLDERS[dataset]
         tried = [Path(data) / folder, Path(data) / Path(folder).name, Path(data)]
+        tried = [*dict.fromkeys(tried)]
         root = next((path for path in tried if (path / needed).is_dir()), None)
         if root is None:
             raise InputError(
@@ -207,8 +223,8 @@ def open_source(dataset: str, data: str, held_out: float = 0.0) -> Source:
                 + "To see the method run first, without any data:\n"
                 + f"    python {Path(sys.argv[0]).name} --task 15-1 --dataset shapes"
             )
-        read = {"voc": voc_samples, "ade": ade_samples, "msrc": msrc_samples}[dataset]
-        train, test = read(root)
+        read = {"voc": voc_samples, "ade": ade_samples, "msrc": msrc_samples}
+        train, test = (read | {"folder": folder_samples})[dataset](root)
     if held_out:
         out = [int((i + 1) * held_out) > int(i * held_out) for i in range(len(train))]
         test = [s for s, is_out in zip(train, out, strict=True) if is_out]
@@ -260,6 +276,18 @@ def msrc_samples(root: Path) -> tuple[list, list]:
         for part in ("Train", "Validation", "Test")
     )
     return train + validation, test
+
+
+def folder_samples(root: Path) -> tuple[list, list]:
+    """Own pictures: train/images/x.jpg with train/masks/x.png; the same in test/."""
+    return tuple(
+        [
+            (file, root / part / "masks" / f"{file.stem}.png")
+            for file in sorted((root / part / "images").glob("*"))
+            if file.suffix.lower() in PICTURES
+        ]
+        for part in ("train", "test")
+    )
 
 
 SHAPES_TRAIN, SHAPES_TEST, SHAPES_SIZE = 1000, 200, 72  # pictures, pictures, pixels
@@ -321,6 +349,16 @@ def read_picture(path: Path | int) -> Image.Image:
     return picture.convert("RGB")
 
 
+def pictures_in(given: str) -> list[Path]:
+    """--predict: the pictures in a folder and the folders in it; a file stands for itself."""
+    if not Path(given).is_dir():
+        return [Path(given)]
+    found = [path for path in Path(given).rglob("*") if path.suffix.lower() in PICTURES]
+    if not found:
+        raise InputError(f"--predict {given}: no picture in this folder ({' '.join(PICTURES)})")
+    return sorted(found)
+
+
 def read_mask(path: Path | int) -> Image.Image:
     """One byte per pixel: the data set's own ids, 255 = void. MSRC-v2's colours become ids here."""
     if isinstance(path, int):
@@ -363,10 +401,7 @@ def class_sets(masks: Sequence[Path | int], classes: int) -> list[list[int]]:
     """
 
     def read(mask: Path | int) -> list[int]:
-        found = [i for i, n in enumerate(read_mask(mask).histogram()[:IGNORE]) if n and i]
-        if found and found[-1] > classes:
-            raise InputError(f"{mask}: class number {found[-1]}, but there are only {classes}")
-        return found
+        return [i for i, n in enumerate(read_mask(mask).histogram()[:IGNORE]) if n and i]
 
     if isinstance(masks[0], int):
         return list(map(read, masks))
@@ -389,6 +424,9 @@ def class_sets(masks: Sequence[Path | int], classes: int) -> list[list[int]]:
             write_json(cache, known)
         except OSError:
             pass  # nowhere to keep it: the next run reads the masks again
+    for mask in masks:
+        if (ids := known[mask.name][1]) and ids[-1] > classes:
+            raise InputError(f"{mask}: class number {ids[-1]}, but there are only {classes}")
     return [known[mask.name][1] for mask in masks]
 
 
@@ -755,24 +793,68 @@ def overlay(picture: Image.Image, labels: np.ndarray, palette: Sequence[tuple]) 
     return Image.fromarray(mixed.astype(np.uint8))
 
 
-def sheet(rows: Sequence, titles: Sequence[str], legend: Sequence[tuple]) -> Image.Image:
-    """Rows of pictures under column titles, and below them the legend: (name, colour) pairs."""
-    side, gap, line, column = 192, 6, 22, 148
-    per_line = len(titles) * (side + gap) // column
-    bottom = line + len(rows) * (side + gap)
-    height = bottom + -(-len(legend) // per_line) * line + gap
-    page = Image.new("RGB", (len(titles) * (side + gap) + gap, height), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(14)
+def legend(entries: Sequence[tuple], width: int, size: int) -> Image.Image:
+    """(name, colour) pairs in columns as wide as the longest name; text of `size` pixels."""
+    font = ImageFont.load_default(size)
+    column = max((int(font.getlength(name)) for name, _ in entries), default=0) + 3 * size
+    per_line, line = max(1, width // column), size * 3 // 2
+    page = Image.new("RGB", (max(width, column), -(-len(entries) // per_line) * line), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (name, colour) in enumerate(entries):
+        x, y = size // 2 + i % per_line * column, (i // per_line + 0.5) * line
+        pen.rectangle((x, y - size // 2, x + size, y + size // 2), fill=colour, outline="black")
+        pen.text((x + 1.5 * size, y), name, "black", font, "lm")
+    return page
+
+
+def sheet(rows: Sequence, titles: Sequence[str], entries: Sequence[tuple]) -> Image.Image:
+    """Rows of pictures under column titles, and the legend; to be read at 800 pixels' width."""
+    side, gap, width = 192, 6, len(titles) * 198 + 6
+    size = max(14, width // 58)
+    names, top = legend(entries, width, size), 2 * size
+    height = top + len(rows) * (side + gap) + names.height + gap
+    page = Image.new("RGB", (names.width, height), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size)
     for x, title in enumerate(titles):
-        pen.text((gap + x * (side + gap), 3), title, "black", font)
+        pen.text((gap + x * (side + gap) + side // 2, top // 2), title, "black", font, "mm")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
-            at = (gap + x * (side + gap), line + y * (side + gap))
+            at = (gap + x * (side + gap), top + y * (side + gap))
             page.paste(picture.resize((side, side)), at)
-    for i, (name, colour) in enumerate(legend):
-        x, y = gap + i % per_line * column, bottom + i // per_line * line
-        pen.rectangle((x, y + 3, x + 13, y + 16), fill=colour, outline="black")
-        pen.text((x + 19, y + 1), name, "black", font)
+    page.paste(names, (0, page.height - names.height - gap // 2))
+    return page
+
+
+def draw_confusion(confusion: np.ndarray, names: Sequence[str], base: int) -> Image.Image:
+    """The confusion matrix, rows = truth, in percent of the row; red lines behind class `base`."""
+    count, gap = len(confusion), 8
+    cell, size = (34, 15) if count <= 40 else (15, 12)
+    font = ImageFont.load_default(size)
+    title = "rows: truth", "columns: predicted", "% of the row"
+    margin = int(max(font.getlength(text) for text in (*title, *names[:count]))) + 2 * gap
+    side = count * cell
+    page = Image.new("RGB", (margin + side + gap,) * 2, "white")
+    column = Image.new("RGB", (margin, side), "white")  # turned by 90 degrees when it is full
+    pen, upright = ImageDraw.Draw(page), ImageDraw.Draw(column)
+    for y, row in enumerate(confusion):
+        at = margin + y * cell
+        pen.text((margin - gap, at + cell // 2), names[y], "black", font, "rm")
+        upright.text((gap, y * cell + cell // 2), names[y], "black", font, "lm")
+        for x, share in enumerate(row / max(1, row.sum())):
+            shade = tuple(round(255 - (255 - c) * share**0.5) for c in (20, 60, 130))
+            corner = (margin + x * cell, at)
+            box = (*corner, corner[0] + cell - 2, at + cell - 2)
+            pen.rectangle(box, fill=shade if row.sum() else (225, 225, 225))
+            if cell > 30 and share >= 0.005:
+                middle = (corner[0] + cell // 2, at + cell // 2)
+                ink = "white" if share > 0.3 else "black"
+                pen.text(middle, f"{100 * share:.0f}", ink, font, "mm")
+    page.paste(column.transpose(Image.Transpose.ROTATE_90), (margin, 0))
+    if base + 1 < count:
+        behind, end = margin + (base + 1) * cell - 1, margin + side
+        pen.line((behind, 0, behind, end), "red", 2)
+        pen.line((0, behind, end, behind), "red", 2)
+    pen.multiline_text((gap, gap), "\n".join(title), "black", font)
     return page
 
 
@@ -882,7 +964,7 @@ class Run:
         self.mean, self.std = (
             255 * torch.tensor(v, device=self.device).view(3, 1, 1) for v in (MEAN, STD)
         )
-        names, palette = class_table(args.dataset)
+        names, palette = class_table(args.dataset, args.data)
         self.order = class_order(args.class_order, names[1:])
         self.names, self.palette = (
             [values[raw] for raw in (BACKGROUND, *self.order)] for values in (names, palette)
@@ -954,7 +1036,8 @@ class Run:
         flags = {k: v for k, v in vars(args).items() if k not in ("eval", "predict")}
         if metrics.exists() or (self.folder / "last.pt").exists():
             there = read_json(config).get("flags", {})
-            free = ("data", "out", "device", "workers", "save_every", "step0")
+            free = ("out", "device", "workers", "save_every", "step0")
+            free += ("data",) * (args.dataset != "folder")  # there it is another data set
             differ = [k for k in flags if k not in free and flags[k] != there.get(k)]
             if differ:
                 listed = ", ".join(f"{k} {there.get(k)} there, {flags[k]} here" for k in differ)
@@ -970,7 +1053,8 @@ class Run:
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         cuda = self.device.type == "cuda"
         versions["device"] = torch.cuda.get_device_name(self.device) if cuda else "cpu"
-        write_json(config, {"flags": flags, "versions": versions, "commit": git_commit()})
+        content = {"flags": flags, "versions": versions, "commit": git_commit()}
+        write_json(config, content | {"published": self.published, "classes": self.names})
         shutil.copy(sys.argv[0], self.folder)
         train, test = len(self.source.train), len(self.source.test)
         counts = " ".join(str(len(images)) for images in self.images)
@@ -1113,8 +1197,7 @@ class Run:
         tables = np.stack([*([labels] * len(train)), *(table for _, table in memory)])
         self.view = View(samples, tables, args.crop, (args.seed, step.index))
         self.indices = [*self.images[step.index], *range(len(train), len(samples))]
-        self.total = max(1, len(self.indices) // args.batch) * per_step(args.epochs, step)
-        self.total = min(2, self.total) if args.dry_run else self.total
+        self.total = self.iterations(step, len(self.indices))
         images = min(args.batch, len(self.indices)) // self.world
         if not images:
             count, known = len(self.indices), f"{self.world} processes"
@@ -1138,6 +1221,11 @@ class Run:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)
         warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 kernels
         return nn.parallel.DistributedDataParallel(model)
+
+    def iterations(self, step: Step, images: int) -> int:
+        """Of a step: full batches per epoch, times the epochs."""
+        total = max(1, images // self.args.batch) * per_step(self.args.epochs, step)
+        return min(2, total) if self.args.dry_run else total
 
     def resume(self) -> None:
         """Takes up last.pt if it belongs to this step, and the rows of train.csv up to there."""
@@ -1277,9 +1365,15 @@ class Run:
         if done or now - self.shown > (0.2 if terminal else 30):
             self.shown = now
             spent = self.seconds + now - self.clock
-            left = round(spent / self.iteration * (self.total - self.iteration))
-            text = f"  iteration {self.iteration}/{self.total}, {left // 60}:{left % 60:02} left, "
-            text += f"{self.iteration * self.args.batch / spent:.0f} images/s; "
+            todo, each = self.total - self.iteration, max(1, len(self.indices) // self.args.batch)
+            epoch, epochs = (-(-count // each) for count in (self.iteration, self.total))
+            text = f"  step {self.step.index} epoch {epoch}/{epochs}, "
+            text += f"iteration {self.iteration}/{self.total}, "
+            text += f"{clock(spent / self.iteration * todo)} left"
+            if later := self.plan[self.step.index + 1 :]:  # which distil and keep memories: slower
+                todo += sum(self.iterations(s, len(self.images[s.index])) for s in later)
+                text += f" (run: {clock(spent / self.iteration * todo)} or more)"
+            text += f", {self.iteration * self.args.batch / spent:.0f} images/s; "
             text += ", ".join(f"{name} {value}" for name, value in means.items())
             if terminal:  # the next line takes this one's place
                 width = shutil.get_terminal_size().columns - 1
@@ -1334,6 +1428,9 @@ class Run:
 
     def write_step(self, step: Step, model: DeepLabV3) -> None:
         self.draw_predictions(step, model)
+        confusion = np.array(self.results[-1]["confusion"])
+        page = draw_confusion(confusion, self.names, self.plan[0].last)
+        page.save(self.folder / "pictures" / f"confusion_{step.index}.png")
         content = {
             "model": model.state_dict(),
             "step": step.index,
@@ -1379,22 +1476,43 @@ class Run:
 
     @torch.no_grad()
     def draw_predictions(self, step: Step, model: DeepLabV3) -> None:
-        """pictures/step_K.png: up to six test pictures with classes from all over the task."""
+        """pictures/step_K.png: up to six test pictures with classes from all over the task, their
+        truth, and their predictions after up to six of the steps so far."""
         chosen: list[int] = []
         for c in np.linspace(1, len(self.order), 6).round():
             fitting = (i for i, ids in enumerate(self.test_sets) if c in ids and i not in chosen)
             chosen += list(fitting)[:1]
         truth = test_labels(self.order, self.plan[-1], "ignore", "background")
-        view, rows, shown = View(self.source.test, truth, self.args.crop), [], set()
-        for i in chosen:
-            pixels, labels = view[0, i]
-            maps = labels.numpy(), self.segment(model, pixels)
-            picture = Image.fromarray(pixels.numpy())
-            rows.append([picture, *(overlay(picture, m, self.palette) for m in maps)])
-            shown |= {c for m in maps for c in np.unique(m).tolist()} - {BACKGROUND, IGNORE}
-        legend = [(self.names[c], self.palette[c]) for c in sorted(shown)]
-        titles = ("picture", "truth", f"after step {step.index}")
-        sheet(rows, titles, legend).save(self.folder / "pictures" / f"step_{step.index}.png")
+        view = View(self.source.test, truth, self.args.crop)
+        pixels, labels = zip(*(view[0, i] for i in chosen or [0]), strict=True)
+        columns = {"truth": [map_.numpy() for map_ in labels]}
+        for k in sorted({*np.linspace(0, step.index, 6).round().astype(int).tolist()}):
+            file = self.folder / "pictures" / f"predicted_{k}.png"  # for the sheets to come
+            if k == step.index:
+                side_by_side = Image.fromarray(np.hstack([self.segment(model, p) for p in pixels]))
+                side_by_side.putpalette(sum(self.palette, ()))
+                side_by_side.save(file)
+            if file.exists():
+                columns[f"after step {k}"] = np.hsplit(np.array(Image.open(file)), len(pixels))
+        pictures = [Image.fromarray(p.numpy()) for p in pixels]
+        shown = {c for column in columns.values() for map_ in column for c in np.unique(map_)}
+        rows = [
+            [picture, *(overlay(picture, map_, self.palette) for map_ in maps)]
+            for picture, *maps in zip(pictures, *columns.values(), strict=True)
+        ]
+        page = sheet(rows, ("picture", *columns), self.entries(shown))
+        page.save(self.folder / "pictures" / f"step_{step.index}.png")
+
+    def entries(self, shown: set[int]) -> list[tuple]:
+        """The legend's names and colours, as they look over grey."""
+        patch = Image.new("L", (1, 1), 128)
+        return [
+            (
+                "void" if c == IGNORE else self.names[c],
+                overlay(patch, np.full((1, 1), c), self.palette).getpixel((0, 0)),
+            )
+            for c in sorted(shown - {BACKGROUND})
+        ]
 
     def segment(self, model: DeepLabV3, pixels: Tensor) -> np.ndarray:
         """uint8 picture [H, W, 3] -> uint8 class ids [H, W]."""
@@ -1416,21 +1534,30 @@ class Run:
         steps = [s for s in self.plan if (self.folder / f"step_{s.index}.pt").exists()]
         if not steps:
             raise InputError(f"--predict: no step_0.pt in {self.folder}; train first")
-        model, target = self.load(steps[-1]), self.folder / "pictures"
-        for path in map(Path, self.args.predict):
+        model, names = self.load(steps[-1]), set()
+        for path in itertools.chain(*map(pictures_in, self.args.predict)):
             picture = ImageOps.exif_transpose(read_picture(path))  # upright, as viewers show it
             size = [round(s * self.args.crop / min(picture.size)) for s in picture.size]
             small = np.array(picture.resize(size, Image.Resampling.BILINEAR))
             classes = Image.fromarray(self.segment(model, torch.from_numpy(small)))
             classes = classes.resize(picture.size, Image.Resampling.NEAREST)
-            shares = [(n, self.names[c]) for c, n in enumerate(classes.histogram()) if n]
-            painted = overlay(picture, np.asarray(classes), self.palette)
-            painted.save(target / f"{path.stem}_overlay.png")
+            counts = {c: n for c, n in enumerate(classes.histogram()) if n}
+            key = legend(self.entries({*counts}), picture.width, max(14, picture.width // 50))
+            page = Image.new("RGB", (key.width, picture.height + key.height), "white")
+            page.paste(overlay(picture, np.asarray(classes), self.palette))
+            page.paste(key, (0, picture.height))
+            name = "-".join(filter(None, (path.parent.name, path.stem)))
+            while name in names:
+                name += "_2"
+            names.add(name)
+            target = self.folder / "pictures" / name
+            page.save(f"{target}_overlay.png")
             classes.putpalette(sum(self.palette, ()))
-            classes.save(target / f"{path.stem}_classes.png")
+            classes.save(f"{target}_classes.png")
             percent = 100 / (picture.width * picture.height)
-            found = ", ".join(f"{name} {n * percent:.1f} %" for n, name in sorted(shares)[::-1])
-            print(f"{path}: {found}; see {target / path.stem}_overlay.png and _classes.png")
+            shares = sorted(((n * percent, self.names[c]) for c, n in counts.items()), reverse=True)
+            found = ", ".join(f"{name} {share:.1f} %" for share, name in shares)
+            print(f"{path}: {found}; see {target}_overlay.png and _classes.png")
 
     def average(self) -> float:
         """Mean over the steps of the mIoU over the classes seen at each, background included."""
@@ -1455,15 +1582,15 @@ class Run:
                     lines.append(title.ljust(26) + "".join(cell.rjust(8) for cell in cells))
         lines.append(f"average of 'all' over the steps: {self.average():.2f}")
         flags = self.args
-        wanted = (flags.dataset, flags.task, flags.setting, self.published)
-        for r in read_table("published"):
-            if (r["dataset"], r["task"], r["setting"], r["method"]) == wanted:
-                counted = "no background" if r["convention"].startswith("A") else "with background"
-                values = ", ".join(
-                    f"{k} {r[v]}" for k, v in (("base", "old"), ("new", "new")) if r[v]
-                )
-                lines.append(f"published: {values}, all {r['all']} ({counted}; {r['source']})")
+        for r in published(flags.dataset, flags.task, flags.setting, self.published):
+            values = ", ".join(f"{k} {r[v]}" for k, v in (("base", "old"), ("new", "new")) if r[v])
+            lines.append(f"published: {values}, all {r['all']} ({counted(r)}; {r['source']})")
         return "\n".join(lines)
+
+
+def clock(seconds: float) -> str:
+    hours, seconds = divmod(round(seconds), 3600)
+    return f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
 
 
 def summary(result: dict) -> str:
@@ -1486,6 +1613,204 @@ def git_commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+
+
+# -------------------------------------------------------------------------------------- results
+
+
+def published(dataset: str, task: str, setting: str, method: str) -> list[dict[str, str]]:
+    """The rows of data/published.csv."""
+    wanted = {"dataset": dataset, "task": task, "setting": setting, "method": method}
+    return [row for row in read_table("published") if wanted.items() <= row.items()]
+
+
+def counted(row: dict[str, str]) -> str:
+    """What a published row's averages of base and all cover."""
+    return "no background" if row["convention"].startswith("A") else "with background"
+
+
+# what says nothing of the method, stands in a column of its own, or is no flag
+UNSHOWN = {"task", "dataset", "setting", "seed", "data", "out", "step0", "save_every", "device"}
+UNSHOWN |= {"precision", "workers", "method", "head", "dropout", "bn_momentum", "warmup"}
+KINDS = ("base", "new", "all")
+
+
+def read_run(given: str) -> dict:
+    """A finished run, for the table. `given`: its folder, or NAME=folder.
+
+    flags       those that differ from the script's recipe, as typed
+    iou         per step: float64 [C], percent, NaN for a class that no test image shows
+    InputError  no run there, one that is not finished, or one of a script that is not here
+    """
+    name, folder = given.split("=", 1) if "=" in given else ("", given)
+    file = Path(folder) / "metrics.json"
+    try:
+        config = json.loads(file.with_name("config.json").read_text())
+        steps, there = json.loads(file.read_text())["steps"], config["flags"]
+        made = importlib.import_module(there["method"]).flags()
+        names = config.get("classes") or class_table(there["dataset"])[0]
+        missing = len(task_steps(there["task"], len(names) - 1)) - len(steps)
+        iou = [[math.nan if v is None else v for v in step["iou"].values()] for step in steps]
+        own = f" {Path(there['data']).name}" * (there["dataset"] == "folder")
+        columns = {
+            "dataset": there["dataset"] + own,
+            "task": there["task"],
+            "setting": there["setting"],
+            "trunk": f"{there['backbone']}, crop {there['crop']}",
+            "tested on": f"{steps[-1]['test_images']} images",
+            "device": f"{config['versions']['device']}, {there['precision']}",
+            "torch": config["versions"]["torch"],
+            "date": time.strftime("%Y-%m-%d", time.gmtime(file.stat().st_mtime)),
+        }
+    except (OSError, ValueError, LookupError, TypeError, ImportError) as error:
+        raise InputError(f"{folder}: no results of a run ({error})") from None
+    if missing:
+        raise InputError(f"{folder}: not finished, {missing} steps are missing")
+    recipe = vars(made.parse_args(["--dataset", there["dataset"]]))
+    fill_in(recipe)
+    shown = {k: v for k, v in there.items() if k in recipe and k not in UNSHOWN}
+    return columns | {
+        "name": name or ("joint" if there["task"] == "offline" else config.get("published")),
+        "published": config.get("published", name),
+        "script": there["method"],
+        "flags": [as_typed(k, v) for k, v in shown.items() if v not in (None, recipe[k])],
+        "seed": there["seed"],
+        "columns": [*columns],
+        "iou": [torch.tensor(values, dtype=torch.float64) for values in iou],
+        "minutes": [step["timing"].get("minutes", math.nan) for step in steps],
+    }
+
+
+def as_typed(key: str, value: object) -> str:
+    """A flag as on the command line; of a path only the last part."""
+    flag, values = "--" + key.replace("_", "-"), value if isinstance(value, list) else [value]
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    texts = (f"{v:g}" if isinstance(v, float) else Path(str(v)).name for v in values)
+    return " ".join([flag, *texts])
+
+
+def best_published(run: dict, method: str, covers: str = "") -> dict | None:
+    """Of several rows one that covers the same, is a mean of several runs, has all numbers."""
+    found = published(run["dataset"], run["task"], run["setting"], method)
+    order = [(counted(r) == covers, bool(r["std"]), bool(r["old"])) for r in found]
+    return found[order.index(max(order))] if found else None
+
+
+def table_rows(runs: Sequence[dict]) -> list[dict]:
+    """Runs that differ in the seed become a row with values [seeds, steps, 3]: base, new, all.
+
+    The classes of a joint run are divided as in the first other task on its data set.
+    """
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        same = ("name", "script", "dataset", "task", "setting", "tested on", "flags")
+        groups.setdefault(str([run[key] for key in same]), []).append(run)
+    rows = []
+    for group in groups.values():
+        like = run = group[0]
+        if run["task"] == "offline":
+            others = (r for r in runs if r["dataset"] == run["dataset"] and r["task"] != "offline")
+            like = next(others, run)
+        best = best_published(like, like["published"])
+        covers = counted(best) if best else "with background"
+        if like is not run:
+            best = best_published(like, "Joint", covers)
+        last = like["task"].split("-")[0]
+        base = int(last) if last != "offline" else len(run["iou"][0])
+        values = [[averages(iou, base, covers[:2] != "no") for iou in r["iou"]] for r in group]
+        values = np.array([[[step[k] for k in KINDS] for step in steps] for steps in values])
+        name = run["name"] or run["published"] or run["script"]
+        new = {"name": name, "runs": group, "values": values, "best": best, "covers": covers}
+        rows.append(run | new)
+    return rows
+
+
+def results_table(rows: Sequence[dict]) -> str:
+    """Markdown. What is the same in every row stands once, above the table."""
+    first, several = rows[0], len(rows) > 1
+    shared = [f for f in first["flags"] if several and all(f in row["flags"] for row in rows)]
+    lines = []
+    for row in rows:
+        line, best = {"method": row["name"]}, row["best"]
+        for kind, values in zip(KINDS, row["values"][:, -1].T, strict=True):
+            spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+            line[kind] = "-" if np.isnan(values).any() else f"{values.mean():.1f}{spread}"
+        line["seeds"] = ", ".join(str(seed) for seed in sorted(run["seed"] for run in row["runs"]))
+        numbers = " / ".join(best[k] or "-" for k in ("old", "new", "all")) if best else "-"
+        line["published"] = f"{numbers} ({counted(best)}; {best['source']})" if best else "-"
+        line["averages"] = row["covers"]
+        for key in row["columns"]:
+            line[key] = ", ".join(sorted({run[key] for run in row["runs"]}))
+        minutes = torch.tensor([run["minutes"] for run in row["runs"]]).nanmean(0)
+        line["minutes"] = f"{minutes.nansum():.3g}" + " without step 0" * math.isnan(minutes[0])
+        own = [f for f in row["flags"] if f not in shared]
+        line["command"] = f"`{' '.join([row['script'] + '.py', *own])}`"
+        lines.append(line)
+    free = [key for key in lines[0] if several and key not in ("method", *KINDS, "seeds")]
+    same = {k: lines[0][k] for k in free if len({line[k] for line in lines}) == 1}
+    above = ["mIoU in %", *(f"{key} {value}" for key, value in same.items() if value != "-")]
+    above += [f"flags `{' '.join(shared)}`"] * bool(shared)
+    columns = [key for key in lines[0] if key not in same]
+    cells = [columns, ["---"] * len(columns), *([line[k] for k in columns] for line in lines)]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in cells)
+    return f"{'; '.join(above)}\n\n{table}"
+
+
+def draw_curves(rows: Sequence[dict], file: str) -> str:
+    """mIoU over the steps: a line per row, a band of a standard deviation; says where it is."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "--curves needs one more package: pip install matplotlib"
+    figure = Figure((11, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    titles = ("base classes", "new classes", "all seen so far")
+    for k, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        axes.set(title=title, xlabel="step", ylabel="" if k else "mIoU, %")
+        for row in rows:
+            values = row["values"][:, :, k]
+            mean, spread = values.mean(0), values.std(0, ddof=len(values) > 1)
+            if len(mean) == 1:  # a joint run has one step, which the others are measured against
+                axes.axhline(mean[0], color="0.4", ls="--", label=row["name"])
+                continue
+            (line,) = axes.plot(mean, marker="o", label=row["name"])
+            band = range(len(mean)), mean - spread, mean + spread
+            axes.fill_between(*band, color=line.get_color(), alpha=0.2, lw=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(ylim=(0, None))
+    handles = axes.get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
+    try:
+        figure.savefig(file, dpi=110)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--curves {file}: cannot be written ({error})") from None
+    return f"curves in {file}"
+
+
+def flags() -> argparse.ArgumentParser:
+    text = "Finished runs as a Markdown table: mean and spread over seeds, and what was published."
+    made = argparse.ArgumentParser(description=text, allow_abbrev=False)
+    text = "folders of runs; those that differ only in the seed share a row; NAME=RUN names it"
+    made.add_argument("runs", metavar="RUN", nargs="+", help=text)
+    text = "also draw mIoU over the steps, a line per row (needs matplotlib)"
+    made.add_argument("--curves", metavar="FILE.png", help=text)
+    return made
+
+
+def report(args: argparse.Namespace) -> int:
+    """python common.py RUN ...; what is no finished run is named and left out, status 2."""
+    runs = []
+    for given in args.runs:
+        try:
+            runs.append(read_run(given))
+        except InputError as error:
+            print(f"common.py: {error}", file=sys.stderr)
+    if rows := table_rows(runs):
+        print(results_table(rows))
+        if args.curves:
+            print(f"\n{draw_curves(rows, args.curves)}")
+    return 0 if len(runs) == len(args.runs) else 2
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -1511,36 +1836,55 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     on, ways = "store_true", ("background", "ignore")
     settings = ("overlapped", "disjoint", "sequential")
     add = made.add_argument_group("task").add_argument
-    add("--task", help="A-B: A classes, then B at a time; or offline (15-1; ade 100-50, msrc 16-5)")
-    add("--dataset", choices=DATASETS, default="voc", help="shapes is drawn, needs no files (voc)")
+    text = "A classes, then B at a time; or offline: all at once (15-1; ade 100-50, msrc 16-5)"
+    add("--task", metavar="A-B", help=text)
+    text = "shapes: drawn, needs no files; folder: your own pictures, with voc's recipe (voc)"
+    add("--dataset", choices=DATASETS, default="voc", help=text)
     text = "images of a step: any with a new class; none with later ones; old labels shown"
     add("--setting", choices=settings, default="overlapped", help=f"{text} (overlapped)")
     text = "disjoint, sequential: images that also show later classes stay; msrc needs it where "
-    text += "a class is never seen without one of them"
+    text += "a class is never seen without one of them (off)"
     add("--keep-later", action=on, help=text)
-    add("--data", metavar="DIR", default=str(HERE / "data"), help="unpacked data set (data/)")
+    add(
+        "--data",
+        metavar="DIR",
+        default=str(HERE / "data"),
+        help="data set, as data/README.md says (data/)",
+    )
     add("--class-order", metavar="FILE", help="class names or ids, a line each (as in data/*.csv)")
     add("--void", choices=ways, help=f"void pixels in training ({default('void')})")
     add("--unseen", choices=ways, help=f"later classes in the test ({default('unseen')})")
     add("--other", choices=ways, default=ways[0], help="ADE20K's id 0 in the test (background)")
     text = "test on this part of the training images, for tuning (0: on the test images)"
     add("--held-out", type=float, default=0.0, metavar="PART", help=text)
-    add = made.add_argument_group("schedule (two values: step 0, later steps)").add_argument
-    add("--epochs", type=positive, nargs="+", help=f"({default('epochs')})")
-    add("--batch", type=positive, help=f"images per iteration ({default('batch')})")
-    add("--lr", type=rate, nargs="+", help=f"the trunk's rate; poly decay 0.9 ({default('lr')})")
-    add("--crop", type=positive, help=f"side of the network's input, pixels ({default('crop')})")
+    text = "Two values: step 0, later steps. The defaults' sources: RECIPE in the script."
+    add = made.add_argument_group("schedule", text).add_argument
+    add(
+        "--epochs",
+        type=positive,
+        metavar="N",
+        nargs="+",
+        help=f"over the step's images ({default('epochs')})",
+    )
+    add("--batch", type=positive, metavar="N", help=f"images per iteration ({default('batch')})")
+    text = f"the trunk's learning rate; poly decay, power 0.9 ({default('lr')})"
+    add("--lr", type=rate, metavar="RATE", nargs="+", help=text)
+    text = f"side of the network's input, pixels ({default('crop')})"
+    add("--crop", type=positive, metavar="PIXELS", help=text)
     add = made.add_argument_group("model").add_argument
-    add("--backbone", choices=BACKBONES, help=f"({default('backbone')})")
-    add("--weights", help=f"imagenet (torchvision's), none, or a file ({default('weights')})")
-    add("--output-stride", type=int, choices=(8, 16), help=f"({default('output_stride')})")
+    add("--backbone", choices=BACKBONES, help=f"the trunk ({default('backbone')})")
+    text = f"of the trunk: imagenet (torchvision's), none (random), a file ({default('weights')})"
+    add("--weights", metavar="FILE", help=text)
+    text = f"input pixels per cell of the trunk's last map ({default('output_stride')})"
+    add("--output-stride", type=int, choices=(8, 16), help=text)
     add = made.add_argument_group("system").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cpu, cuda, cuda:1 (cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="of the network (bf16 on cuda, else fp32)")
     text = "processes that read images (one a core, 8 at most; shapes 0)"
-    add("--workers", type=natural, help=text)
-    add("--seed", type=natural, default=0, help="(0)")
+    add("--workers", type=natural, metavar="N", help=text)
+    text = "of weights, order and augmentation (0)"
+    add("--seed", type=natural, default=0, metavar="N", help=text)
     text = "seconds between checkpoints inside a step (60)"
     add("--save-every", type=rate, default=60, metavar="SECONDS", help=text)
     add = made.add_argument_group("output").add_argument
@@ -1548,7 +1892,8 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     add("--out", metavar="DIR", default="runs", help=text)
     add("--step0", metavar="FILE", help="take this step_0.pt instead of training step 0")
     add("--eval", action=on, help="only evaluate the run's checkpoints")
-    add("--predict", metavar="IMAGE", nargs="+", help="only segment pictures, with the newest one")
+    text = "only segment pictures, or folders of them, with the run's newest model"
+    add("--predict", metavar="PICTURE", nargs="+", help=text)
     add("--dry-run", action=on, help="two iterations per step, all else real, own folder")
     add("--check-data", action=on, help="only check the files, and count images per step")
     add("--download", action=on, help="only fetch the data set (voc), or say where it comes from")
@@ -1581,12 +1926,17 @@ def above_zero(text: str) -> float:
     return rate(text)
 
 
+def fill_in(flags: dict) -> None:
+    """Takes what was not typed from the recipe of the data set; own pictures have that of VOC."""
+    recipes = flags.pop("recipes")
+    for key, value in recipes.get(flags["dataset"], recipes["voc"]).items():
+        if flags.get(key) is None:
+            flags[key] = value
+
+
 def resolve(args: argparse.Namespace) -> None:
     """Fills in what was not typed: the recipe of the data set, device, precision, workers."""
-    recipes = args.__dict__.pop("recipes")
-    for key, value in recipes[args.dataset].items():
-        if getattr(args, key, None) is None:
-            setattr(args, key, value)
+    fill_in(vars(args))
     args.method = Path(sys.argv[0]).stem
     args.task = args.task or {"ade": "100-50", "msrc": "16-5"}.get(args.dataset, "15-1")
     for key in ("epochs", "lr", "positive_weight"):
@@ -1684,7 +2034,7 @@ def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
 def check_data(args: argparse.Namespace) -> int:
     """--check-data: every file; images per step beside the published lists. 1 on an error."""
     source = open_source(args.dataset, args.data, args.held_out)
-    names, _ = class_table(args.dataset)
+    names, _ = class_table(args.dataset, args.data)
     order = class_order(args.class_order, names[1:])
     samples = [*source.train, *source.test]
     print(f"{source.where}: {len(source.train)} training and {len(source.test)} test images")
@@ -1786,3 +2136,10 @@ def write_aug_masks(voc: Path, mats: Path, loadmat: Callable) -> None:
             mask = Image.fromarray(loadmat(path)["GTcls"][0]["Segmentation"][0])
             mask.putpalette(palette)
             mask.save(target / f"{path.stem}.png")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(report(flags().parse_args()))
+    except InputError as problem:
+        sys.exit(f"common.py: {problem}")

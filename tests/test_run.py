@@ -65,7 +65,7 @@ def test_a_run_and_what_it_leaves(start, tmp_path, data):
         assert np.array(step["confusion"]).shape == (20 + step["step"],) * 2
     for k in (0, 1):
         page = common.open_image(FOLDER / f"pictures/step_{k}.png", "sheet")
-        assert page.width == 600 and page.height > 1000
+        assert page.width == 600 + 198 * k and page.height > 1000  # a column per step
     content = torch.load(FOLDER / "step_1.pt", weights_only=True)
     assert content["classes"][1] == ["tvmonitor"] and content["flags"]["task"] == "19-1"
 
@@ -82,7 +82,8 @@ def test_a_run_and_what_it_leaves(start, tmp_path, data):
     status, out, _ = start(TINY + " --predict 'grey photo.png'")
     classes = common.open_image(FOLDER / "pictures/grey photo_classes.png", "class map")
     assert status == 0 and classes.size == (90, 50) and classes.mode == "P"
-    assert common.read_picture(FOLDER / "pictures/grey photo_overlay.png").size == (90, 50)
+    painted = common.read_picture(FOLDER / "pictures/grey photo_overlay.png")
+    assert painted.width >= 90 and painted.height >= 50  # a legend may be below
     shares = [float(value) for value in re.findall(r"([0-9.]+) %", out)]
     assert sum(shares) == pytest.approx(100, abs=0.5)
 
@@ -350,7 +351,8 @@ def readme_commands():
     text = (ROOT / "README.md").read_text()
     blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if re.search(r"python \w+\.py", line) and "--help" not in line]
+    lines = [line for line in lines if "--help" not in line and "mine.py" not in line]
+    return [line for line in lines if re.search(r"python \w+\.py", line)]
 
 
 @pytest.mark.parametrize("command", readme_commands() or ["README without a command"])
