@@ -974,6 +974,7 @@ class Run:
         self.folder = Path(args.out) / (name + "-dry" * args.dry_run)
         self.results: list[dict] = []
         self.added: dict[str, Tensor] = {}
+        self.small = self.leaf = None
         self.signal = 0
         self.rank, self.world = processes()
 
@@ -1303,9 +1304,11 @@ class Run:
 
         labels                  int64 [B, H, W]
         logits, old_logits      float [B, C, h, w] and [B, O, h, w], not upsampled
-        yields                  Strip; what bilinear upsampling gives for the batch, row by row
+        yields                  Strip; what bilinear upsampling gives for the batch, row by row.
+                                The losses of several passes over the same logits add up
         """
-        self.small, self.leaf = logits, logits.detach().requires_grad_()
+        if logits is not self.small:
+            self.small, self.leaf = logits, logits.detach().requires_grad_()
         height, width = labels.shape[1:]
         down, across = bilinear(logits, 2, height), bilinear(logits, 3, width).T
         valid = labels != IGNORE
@@ -1336,7 +1339,7 @@ class Run:
             total = total + (self.small * self.leaf.grad).sum()
         total.backward()
         self.optimizer.step()
-        losses, self.added = self.added | losses, {}
+        losses, self.added, self.small = self.added | losses, {}, None
         self.window.append(torch.stack([loss.detach() for loss in losses.values()]))
         self.iteration += 1
         if self.iteration % WINDOW == 0 or self.iteration == self.total:

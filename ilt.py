@@ -47,8 +47,9 @@ The journal's text could not be read, only its abstract. Our reconstruction, the
 Differences between the papers (p), the authors' code (c) and this file:
  1. Output distillation. p (Eq. 3): the new model's softmax over all classes seen, terms of the old
     ones. c: a head of all 21 classes from the start, on pixels whose label is an old class. Here p,
-    on all valid pixels; --student old is the form of MiB's code (softmax over the old channels
-    only, all pixels, mean over channels), which later papers call ILT.
+    on all valid pixels, those of new classes too; --output-pixels old leaves those out, as c.
+    --student old is the form of MiB's code (softmax over the old channels only, all pixels, mean
+    over channels), which later papers call ILT.
  2. Network. p: DeepLabV2, ResNet-101 pre-trained on MS COCO. Here DeepLabV3 and ImageNet, as in the
     baseline of later papers.
  3. Schedule. p: 1000 iterations per class, batch 4, crop 321, rate 1e-4 then 5e-5, BatchNorm's
@@ -243,21 +244,16 @@ def main(args: argparse.Namespace) -> None:
                 with torch.no_grad():
                     old_logits, old = old_model(images, upsample=False)
             for part in run.strips(labels, logits, old_logits):
-                dense = {"ce": part.valid * cross_entropy(part.logits, part.labels)}
-                if teach and args.output_kd:
+                run.add({"ce": part.valid * cross_entropy(part.logits, part.labels)})
+            if teach and args.output_kd:
+                old_only = torch.where(labels < step.first, labels, IGNORE)
+                kept = old_only if args.output_pixels == "old" else labels
+                for part in run.strips(kept, logits, old_logits):
                     counted = part.valid if args.student == "all" else part.all
-                    dense["output"] = (
-                        counted
-                        * args.output_kd
-                        * output_distillation(
-                            part.logits,
-                            part.old_logits,
-                            part.labels,
-                            args.temperature,
-                            args.student,
-                        )
+                    loss = output_distillation(
+                        part.logits, part.old_logits, part.labels, args.temperature, args.student
                     )
-                run.add(dense)
+                    run.add({"output": counted * args.output_kd * loss})
             if teach:
                 encoder, old_encoder = (maps["stages"][-1].float() for maps in (new, old))
                 if args.encoder_kd:
@@ -302,6 +298,8 @@ def flags() -> argparse.ArgumentParser:
     add("--freeze-encoder", action=switch, help=text)
     text = "new model's softmax in Eq. 3: over all channels, or over the old ones (all: paper)"
     add("--student", choices=("all", "old"), help=text)
+    text = "pixels of Eq. 3: all valid ones (paper), or those labelled as an old class (code) (all)"
+    add("--output-pixels", choices=("all", "old"), default="all", help=text)
     text = "of both softmaxes in Eq. 3 (1: code)"
     add("--temperature", type=common.above_zero, default=1.0, metavar="T", help=text)
     text = "what is compared: the batch's images, their mean features, pixels (batch: ours)"

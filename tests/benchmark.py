@@ -196,7 +196,7 @@ def compare(textbook: Callable, lean: Callable, classes: int, old: int, args) ->
         return textbook(*full, labels, old), small
 
     def ours() -> tuple[Tensor, Tensor]:
-        small, run.added = new.clone().requires_grad_(), {}
+        small, run.added, run.small = new.clone().requires_grad_(), {}, None
         lean(run, small, before, labels, old)
         product = (small * run.leaf.grad).sum()  # as in Run.update
         return run.added["loss"] + product - product.detach(), small

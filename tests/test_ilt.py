@@ -262,6 +262,7 @@ def test_presets_fill_in_only_what_was_not_typed(monkeypatch):
         ),
         ("--output-kd 0 --similarity-kd 10 --similarity-form pixel", {"ce", "similarity"}),
         ("--temperature 2 --student old --similarity-kd 10", {"ce", "output", "similarity"}),
+        ("--output-pixels old", {"ce", "output"}),
     ],
 )
 def test_every_scheme_runs(start, flags, parts):
