@@ -78,8 +78,8 @@ def test_two_processes_learn_what_one_does(tmp_path, data):
 
 
 def test_a_fault_of_one_process_ends_all_with_the_reason(tmp_path, data):
-    done = launch(tmp_path, data, 2, ("dkd",), "--lr 1e30")
+    done = launch(tmp_path, data, 2, ("ilt",), "--lr 1e30")
     assert done.returncode != 0 and "the loss is not finite in step 0" in done.stderr
-    done = launch(tmp_path, data, 2, ("dkd",), "--batch 5")
+    done = launch(tmp_path, data, 2, ("ilt",), "--batch 5")
     assert done.returncode != 0
     assert "--batch 5: 2 processes share it, it has to be a multiple of 2" in done.stderr
