@@ -2027,7 +2027,7 @@ def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
         message, status = f"{error}; the same command goes on from what was saved before", 1
     except KeyboardInterrupt as stop:
         message = "stopped; the same command goes on from the last checkpoint" if not number else ""
-        status = 128 + stop.args[0]
+        status = 128 + (*stop.args, signal.SIGINT)[0]
     if message:
         which = f", process {number}" if number else ""
         print(f"{Path(sys.argv[0]).name}{which}: {message}", file=sys.stderr)

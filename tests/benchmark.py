@@ -188,7 +188,8 @@ def compare(textbook: Callable, lean: Callable, classes: int, old: int, args) ->
     labels = torch.randint(0, classes, shape, device=DEVICE)
     labels = torch.where(labels < old, 0, labels)
     labels[:, :8] = common.IGNORE
-    run = object.__new__(common.Run)  # strips() and add() need nothing else of it
+    run = object.__new__(common.Run)
+    run.world = 1  # all that strips() and add() need of it
 
     def theirs() -> tuple[Tensor, Tensor]:
         small = new.clone().requires_grad_()

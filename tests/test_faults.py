@@ -442,7 +442,7 @@ def test_bfloat16_only_where_the_gpu_has_it(monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(start, monkeypatch, whole):
-    before_update(monkeypatch, 0, 13, lambda _, losses: {k: v / 0 for k, v in losses.items()})
+    before_update(monkeypatch, 0, 13, lambda run, _: {k: v / 0 for k, v in run.added.items()})
     code, _, err = start(FLAGS + " --save-every 0")
     assert code == 1 and "not finite in step 0, iteration 13: mbce inf, ac inf." in err
     last = torch.load(FOLDER / "last.pt", weights_only=True)
@@ -453,7 +453,12 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(start, monkey
 
 def test_weights_that_are_not_finite_are_never_saved(start, monkeypatch):
     """After the last iteration of a step no loss would tell."""
-    before_update(monkeypatch, 0, 0, lambda _, losses: {k: 1e20 * v for k, v in losses.items()})
+
+    def enlarge_gradient(run, losses):
+        run.leaf.grad *= 1e20
+        return losses
+
+    before_update(monkeypatch, 0, 0, enlarge_gradient)
     code, _, err = start(TINY + " --batch 64 --epochs 1 --lr 1e30")
     assert code == 1 and "the weights are not finite in step 0, iteration 1." in err
     assert not list(FOLDER.glob("*.pt"))

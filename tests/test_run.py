@@ -227,6 +227,7 @@ def test_strips_are_the_batch_at_full_size(monkeypatch, numbers):
     z, z_old = (F.interpolate(maps, (30, 41), mode="bilinear") for maps in (whole, old))
     expected = {"ce": F.cross_entropy(z, labels, ignore_index=255), "kd": (z[:, :3] * z_old).mean()}
     run, parts = object.__new__(common.Run), []
+    run.world = 1
     run.added, run.small, leaf = {}, None, small.clone().requires_grad_()
     for part in run.strips(labels, leaf, old):
         parts.append(part)
