@@ -29,8 +29,9 @@ are of one class. It is a further loss on top of a method: --base mib, or plop.
     --no-uncertainty                                        every positive pair weighs 1
     --no-old-features                                       the new model's features alone
 
-Results of this file: README.md, for shapes. Not run yet: photographs. Of the paper only abstract, overview figure and Table 1 could be read: the
-method is that of the code, its equations carry no numbers here.
+Results of this file: README.md, for shapes. Not run yet: photographs. Of the paper only abstract,
+overview figure and Table 1 could be read: the method is that of the code, its equations carry no
+numbers here.
 
 Differences between the authors' code (c) and this file:
  1. Shift. c: the largest similarity is taken from the positives but not from the negatives, which
