@@ -1650,6 +1650,8 @@ def read_run(given: str) -> dict:
     try:
         config = json.loads(file.with_name("config.json").read_text())
         steps, there = json.loads(file.read_text())["steps"], config["flags"]
+        if f"{there['method']}.py" not in os.listdir(HERE):  # a stranger may have named it
+            raise LookupError(f"there is no script {there['method']}.py here")
         made = importlib.import_module(there["method"]).flags()
         names = config.get("classes") or class_table(there["dataset"])[0]
         missing = len(task_steps(there["task"], len(names) - 1)) - len(steps)

@@ -90,13 +90,18 @@ def test_a_folder_that_is_no_finished_run_is_left_out_in_one_line(tmp_path, caps
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{}")
     (tmp_path / "broken/metrics.json").write_text("[")
-    assert report(tmp_path / "none", run, half, tmp_path / "broken") == 2
+    strange = Path(finished(tmp_path / "strange", dkd, "--task 15-1", 50))
+    config = (strange / "config.json").read_text()
+    (strange / "config.json").write_text(config.replace('"method": "dkd"', '"method": "this"'))
+    assert report(tmp_path / "none", run, half, tmp_path / "broken", strange) == 2
+    assert "this" not in sys.modules  # it would print a poem
     out, err = capsys.readouterr()
     assert len(cells(out)) == 1 and cells(out)[0]["base"] == "46.9"
     lines = err.splitlines()
-    assert len(lines) == 3 and all(line.startswith("common.py: ") for line in lines)
+    assert len(lines) == 4 and all(line.startswith("common.py: ") for line in lines)
     assert "none: no results of a run" in lines[0] and "broken: no results" in lines[2]
     assert "half: not finished, 2 steps are missing" in lines[1]
+    assert "there is no script this.py here" in lines[3]
 
 
 def test_the_command_prints_the_table(tmp_path, monkeypatch, capsys):
