@@ -1,4 +1,4 @@
-"""Times and memory, as tables: python tests/benchmark.py losses contrast loader gradients
+"""Times and memory, as tables: python tests/benchmark.py losses contrast loader growth gradients
 
 Ours always stands beside something else measured in the same minutes: machines are noisy. On cuda
 where there is one, else on the CPU. No test runs this. The loader needs --data DIR, with VOC 2012.
@@ -319,6 +319,56 @@ def loader(args: argparse.Namespace) -> None:
     row(f"{len(samples) / slow:.0f}", f"{len(samples) / fast:.0f}", f"{slow / fast:.2f}")
 
 
+# --------------------------------------------------------------------------------------- growth
+
+
+def growth(args: argparse.Namespace) -> None:
+    """MiB's iteration of a later step against classes, steps, size and batch, one at a time."""
+    print(f"\nGrowth: MiB's iteration with the trunk of shapes, {DEVICE}, one thread")
+    header("classes", "steps", "size", "batch", "s per iteration", "s per image", "MiB kept")
+    torch.set_num_threads(1)
+    cases = [([15, n - 15], 128, 2) for n in (20, 50, 100, 150)]
+    cases += [([100, *[50 // n] * n], 128, 2) for n in (1, 5, 10, 50)]
+    cases += [([15, 5], size, 2) for size in (256, 512, 768)]
+    cases += [([15, 5], 128, batch) for batch in (4, 8, 16)]
+    for classes, size, batch in cases:
+        spent, kept = iteration(classes, size, batch, args.repeats)
+        where = sum(classes) + 1, len(classes), size, batch
+        row(*where, f"{spent:.3f}", f"{spent / batch:.3f}", f"{kept:.0f}")
+
+
+def iteration(classes: list[int], size: int, batch: int, repeats: int) -> tuple[float, float]:
+    """Seconds, and what is kept for backward in MiB."""
+    torch.manual_seed(0)
+    old_model = common.DeepLabV3("small", 8, classes[:-1], 0.0).to(DEVICE).eval()
+    model = common.DeepLabV3("small", 8, classes, 0.0).to(DEVICE).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images = torch.randn(batch, 3, size, size, device=DEVICE)
+    old = sum(classes[:-1]) + 1
+    labels = torch.randint(old, sum(classes) + 1, (batch, size, size), device=DEVICE)
+    run, kept = object.__new__(common.Run), Kept()
+    run.world = 1
+
+    def forward() -> Tensor:
+        run.added, run.small = {}, None
+        logits, _ = model(images, upsample=False)
+        with torch.no_grad():
+            old_logits, _ = old_model(images, upsample=False)
+        lean_mib(run, logits, old_logits, labels, old)
+        return (logits * run.leaf.grad).sum()
+
+    def whole() -> None:
+        optimizer.zero_grad()
+        forward().backward()
+        optimizer.step()
+
+    with kept.hooks():
+        product = forward()
+    held = kept.mebibytes()
+    product.backward()
+    return seconds(whole, repeats), held
+
+
 # ---------------------------------------------------------------------------------------- icd
 
 
@@ -360,7 +410,7 @@ def gradients(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    tables = {table.__name__: table for table in (losses, contrast, loader, gradients)}
+    tables = {table.__name__: table for table in (losses, contrast, loader, growth, gradients)}
     flags = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     flags.add_argument("tables", nargs="+", choices=tables)
     flags.add_argument("--size", type=int, default=512, help="side of the pictures (512)")
