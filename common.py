@@ -1251,12 +1251,12 @@ class Run:
         keys = epoch_keys(self.indices, args.batch, seed, self.iteration, self.total)
         whole = min(args.batch, len(self.indices)) // self.world * self.world
         keys = (batch[:whole][self.rank :: self.world] for batch in keys)
-        if self.world == 1:  # several processes would answer at different iterations
-            on_stop(self.note)
+        # several processes would answer at different iterations: there a signal ends them at once
+        on_stop(self.note if self.world == 1 else signal.SIG_DFL)
         try:
             yield from self.read(self.view, keys)
         finally:
-            on_stop(leave)
+            on_stop(leave if self.world == 1 else signal.SIG_DFL)
         self.answer()
 
     def note(self, number: int, _: object) -> None:
@@ -1526,10 +1526,12 @@ class Run:
         for step in self.plan:
             if (self.folder / f"step_{step.index}.pt").exists():
                 self.results.append(self.evaluate(step, self.load(step), {}))
-                print(f"step {step.index}: {summary(self.results[-1])}", flush=True)
+                if self.rank == 0:
+                    print(f"step {step.index}: {summary(self.results[-1])}", flush=True)
         if not self.results:
             raise InputError(f"--eval: no step_0.pt in {self.folder}; without --eval it is trained")
-        print(self.table())
+        if self.rank == 0:
+            print(self.table())
 
     @torch.no_grad()
     def predict_pictures(self) -> None:
