@@ -218,9 +218,10 @@ def parameter_groups(model: common.DeepLabV3, lr: float, args: argparse.Namespac
 
 
 def main(args: argparse.Namespace) -> None:
-    if args.similarity_kd and args.similarity_form != "pixel" and args.batch < 2:
+    _, processes = common.processes()  # under torchrun each one compares its own images
+    if args.similarity_kd and args.similarity_form != "pixel" and args.batch < 2 * processes:
         raise common.InputError(
-            "--similarity-kd compares the images of a batch: --batch 2 or more, or "
+            f"--similarity-kd compares the images of a batch: --batch {2 * processes} or more, or "
             "--similarity-form pixel"
         )
     preset = PRESETS[args.preset].items()
