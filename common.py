@@ -59,7 +59,7 @@ IGNORE = 255
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0 ... 1
 STD = (0.229, 0.224, 0.225)
 HERE = Path(__file__).resolve().parent
-STRIP = (2**20, 2**28)  # numbers at a time in full-size maps: what the CPU's cache holds; on cuda
+STRIP = (2**20, 2**26)  # numbers at a time in full-size maps: what the CPU's cache holds; on cuda
 WINDOW = 10  # iterations per row of train.csv: the losses are read from the device once per window
 
 
