@@ -1373,8 +1373,9 @@ class Run:
             text = f"  step {self.step.index} epoch {epoch}/{epochs}, "
             text += f"iteration {self.iteration}/{self.total}, "
             text += f"{clock(spent / self.iteration * todo)} left"
-            if later := self.plan[self.step.index + 1 :]:  # which distil and keep memories: slower
-                todo += sum(self.iterations(s, len(self.images[s.index])) for s in later)
+            later = [*zip(self.plan, self.images, strict=False)][self.step.index + 1 :]
+            if later:  # they distil and keep memories: slower
+                todo += sum(self.iterations(s, len(images)) for s, images in later)
                 text += f" (run: {clock(spent / self.iteration * todo)} or more)"
             text += f", {self.iteration * self.args.batch / spent:.0f} images/s; "
             text += ", ".join(f"{name} {value}" for name, value in means.items())
