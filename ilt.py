@@ -34,7 +34,8 @@ Each scheme alone, with the weights of the code where it has one (all under --se
     --output-kd 0                                             encoder frozen
     (no flag)                                                 encoder frozen, output
 
-Not run yet: full VOC 2012, ADE20K.
+Results of this file: README.md, for shapes, MSRC-v2 and photographs. Not run yet: full VOC 2012,
+ADE20K.
 
 The journal's text could not be read, only its abstract. Our reconstruction, therefore:
  a. Decoder stages: the mean squared error of the four convolutional branches of the ASPP, before
