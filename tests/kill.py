@@ -31,6 +31,7 @@ from trees import METHODS  # noqa: E402
 
 import common  # noqa: E402
 
+torch.set_num_threads(1)  # a forked child that waits for its parent's threads waits for ever
 common.SHAPES_TRAIN, common.SHAPES_TEST = 60, 12
 FLAGS = "--dataset shapes --task 10-5 --setting overlapped --crop 32 --batch 4 --epochs 3"
 OWN = {"dkd": "--memory 10", "mib_unbiased": "--replay 10 --ewc 1", "icd": "--attention trained"}
