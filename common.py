@@ -212,8 +212,8 @@ def open_source(dataset: str, data: str, held_out: float = 0.0) -> Source:
         test = [(i, i) for i in range(-SHAPES_TEST, 0)]
     else:
         folder, needed = FOLDERS[dataset]
-        tried = [Path(data) / folder, Path(data) / Path(folder).name, Path(data)]
-        tried = [*dict.fromkeys(tried)]
+        places = Path(data) / folder, Path(data) / Path(folder).name, Path(data)
+        tried = [*dict.fromkeys(places)]
         root = next((path for path in tried if (path / needed).is_dir()), None)
         if root is None:
             raise InputError(
@@ -223,8 +223,8 @@ def open_source(dataset: str, data: str, held_out: float = 0.0) -> Source:
                 + "To see the method run first, without any data:\n"
                 + f"    python {Path(sys.argv[0]).name} --task 15-1 --dataset shapes"
             )
-        read = {"voc": voc_samples, "ade": ade_samples, "msrc": msrc_samples}
-        train, test = (read | {"folder": folder_samples})[dataset](root)
+        readers = (voc_samples, ade_samples, msrc_samples, folder_samples)  # in FOLDERS' order
+        train, test = dict(zip(FOLDERS, readers, strict=True))[dataset](root)
     if held_out:
         out = [int((i + 1) * held_out) > int(i * held_out) for i in range(len(train))]
         test = [s for s, is_out in zip(train, out, strict=True) if is_out]
@@ -702,6 +702,13 @@ class DeepLabV3(nn.Module):
         return torch.cat([classifier.weight.flatten(1) for classifier in self.classifiers])
 
 
+def bilinear(maps: Tensor, dim: int, size: int) -> Tensor:
+    """[size, n]: the matrix by which bilinear upsampling multiplies a dimension of n to `size`."""
+    n = maps.shape[dim]
+    eye = torch.eye(n, device=maps.device, dtype=maps.dtype)
+    return F.interpolate(eye[None, None], (size, n), mode="bilinear")[0, 0]
+
+
 def load_trunk(model: DeepLabV3, backbone: str, weights: str) -> str:
     """Loads a trunk; says in one line what was loaded and what stays random.
 
@@ -767,13 +774,6 @@ def averages(iou: Tensor, base: int, background: bool) -> dict[str, float]:
     old, new = iou[start : base + 1].nanmean().item(), iou[base + 1 :].nanmean().item()
     harmonic = 2 * old * new / (old + new) if old + new else 0.0
     return {"base": old, "new": new, "all": iou[start:].nanmean().item(), "harmonic": harmonic}
-
-
-def bilinear(maps: Tensor, dim: int, size: int) -> Tensor:
-    """[size, n]: the matrix by which bilinear upsampling multiplies a dimension of n to `size`."""
-    n = maps.shape[dim]
-    eye = torch.eye(n, device=maps.device, dtype=maps.dtype)
-    return F.interpolate(eye[None, None], (size, n), mode="bilinear")[0, 0]
 
 
 def most_likely(logits: Tensor) -> Tensor:

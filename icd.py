@@ -403,7 +403,7 @@ def main(args: argparse.Namespace) -> None:
                     if plop:
                         strips = run.strips(labels, old_logits)
                         pseudo = [pseudo_labels(p.labels, p.logits, thresholds) for p in strips]
-                        targets = torch.cat(pseudo, 1)
+                        targets, old_logits = torch.cat(pseudo, 1), None  # they are done with
                         share = sure_share(labels, targets)
                 old_maps = chosen(maps_of(old), args.levels)
             for part in run.strips(targets, logits, old_logits):
@@ -413,7 +413,7 @@ def main(args: argparse.Namespace) -> None:
                 else:
                     ce = unbiased_cross_entropy(part.logits, part.labels, step.first)
                     dense = {"ce": part.valid * ce}
-                if not first and not plop:
+                if part.old_logits is not None:
                     kd = unbiased_distillation(part.logits, part.old_logits)
                     dense["kd"] = part.all * args.kd_weight * kd
                 run.add(dense)

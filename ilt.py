@@ -241,11 +241,11 @@ def main(args: argparse.Namespace) -> None:
         teach = not first and any(weights)
         for images, labels in run.batches():
             logits, new = net(images, upsample=False)
-            old_logits, losses = None, {}
+            losses = {}
             if teach:
                 with torch.no_grad():
                     old_logits, old = old_model(images, upsample=False)
-            for part in run.strips(labels, logits, old_logits):
+            for part in run.strips(labels, logits):
                 run.add({"ce": part.valid * cross_entropy(part.logits, part.labels)})
             if teach and args.output_kd:
                 old_only = torch.where(labels < step.first, labels, IGNORE)

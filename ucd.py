@@ -123,7 +123,7 @@ def contrastive_distillation(
     published_shift the largest similarity is taken from the positives alone (difference 1)
     returns         scalar: mean over the anchors that have a positive, nats; none: 0 with a
                     gradient path. The gradient reaches the anchors only. Time grows with the square
-                    of their number, memory with the number
+                    of their number, memory in proportion to it
     """
     labels = F.interpolate(labels[:, None].double(), features.shape[2:])[:, 0].long()
     known = labels != BACKGROUND
@@ -334,7 +334,7 @@ def main(args: argparse.Namespace) -> None:
                     if plop:
                         strips = run.strips(labels, old_logits)
                         pseudo = [pseudo_labels(p.labels, p.logits, thresholds) for p in strips]
-                        targets = torch.cat(pseudo, 1)
+                        targets, old_logits = torch.cat(pseudo, 1), None  # they are done with
                         share = sure_share(labels, targets)
             for part in run.strips(targets, logits, old_logits):
                 if plop:
@@ -343,7 +343,7 @@ def main(args: argparse.Namespace) -> None:
                 else:
                     ce = unbiased_cross_entropy(part.logits, part.labels, step.first)
                     dense = {"ce": part.valid * ce}
-                if not first and not plop:
+                if part.old_logits is not None:
                     kd = unbiased_distillation(part.logits, part.old_logits)
                     dense["kd"] = part.all * args.kd_weight * kd
                 run.add(dense)
