@@ -1,4 +1,4 @@
-"""Times and memory, as tables: python tests/benchmark.py losses contrast loader growth gradients
+"""Times and memory: python tests/benchmark.py losses network contrast loader growth gradients
 
 Ours always stands beside something else measured in the same minutes: machines are noisy. On cuda
 where there is one, else on the CPU. No test runs this. The loader needs --data DIR, with VOC 2012.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import math
 import multiprocessing
 import resource
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -219,6 +220,144 @@ def compare(textbook: Callable, lean: Callable, classes: int, old: int, args) ->
     return [*times, f"{much:.0f}", f"{little:.1f}", f"1/{much / little:.0f}"]
 
 
+# -------------------------------------------------------------------------------------- network
+
+METHODS = {  # the table's names: script, flags
+    "dkd": (dkd, ""),
+    "mib_unbiased": (mib, ""),
+    "ilt": (ilt, "--no-freeze-encoder"),
+    "ucd": (ucd, ""),
+    "ucd, PLOP": (ucd, "--base plop"),
+    "icd": (icd, ""),
+}
+PLAIN = ("--precision fp32", torch.contiguous_format)
+STAGES = {  # one change after the other: flags, memory format
+    "float32": PLAIN,
+    "+ channels last": (PLAIN[0], torch.channels_last),
+    "+ bf16": ("--precision bf16", torch.channels_last),
+    "+ --compile": ("--precision bf16 --compile", torch.channels_last),
+}
+
+
+class Enough(Exception):
+    """The measurement is done."""
+
+
+@contextlib.contextmanager
+def replaced(owner: type, **members: Callable) -> Iterator[None]:
+    before = {name: getattr(owner, name) for name in members}
+    for name, member in members.items():
+        setattr(owner, name, member)
+    try:
+        yield
+    finally:
+        for name, member in before.items():
+            setattr(owner, name, member)
+
+
+def now() -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def network(args: argparse.Namespace) -> None:
+    """Whole iterations of the scripts' own loops, on one random batch: step 0, and a later one."""
+    print(
+        f"\nTraining, {args.backbone}, {args.size} x {args.size}, batch {args.batch}, {DEVICE}: "
+        f"{args.iterations} iterations after 5; dense losses: those of full-size logits"
+    )
+    cells = "step 0, images/s", "later, images/s", "dense losses, %", "optimiser, %", "peak GiB"
+    header("method", "classes", "", *cells)
+    last = "+ bf16" if DEVICE == "cuda" else "+ channels last"
+    for stage, variant in STAGES.items():
+        row("mib_unbiased", 21, stage, *train("mib_unbiased", *variant, 21, args))
+    for method in METHODS:
+        for classes in (21, 151):
+            row(method, classes, last, *train(method, *STAGES[last], classes, args))
+
+
+def train(method: str, flags: str, layout: torch.memory_format, classes: int, args) -> list[str]:
+    script, own = METHODS[method]
+    data = {21: "--dataset voc --task 15-5", 151: "--dataset ade --task 100-50"}[classes]
+    shape = f"--backbone {args.backbone} --weights none --crop {args.size} --batch {args.batch}"
+    spent = {"loss": 0.0, "optimiser": 0.0}
+    rates, clock = [], {}
+    update, strips, build = common.Run.update, common.Run.strips, common.Run.build
+    warm, counted = 5, args.iterations
+
+    def open_data(run: common.Run) -> None:
+        samples = [(0, 0)] * args.batch * (warm + 2 * counted)
+        run.source, run.test_sets = common.Source(samples, samples[:1], "random"), []
+        run.sets = [[*range(1, classes)]] * len(samples)
+        run.images = [range(len(samples))] * len(run.plan)
+
+    def read(run: common.Run, view: common.View, keys: Iterator) -> Iterator:
+        torch.manual_seed(0)
+        images = torch.randn(args.batch, 3, args.size, args.size, device=DEVICE)
+        labels = torch.randint(run.step.first, run.step.last + 1, (args.batch, 16, 16)).double()
+        labels[:, ::2] = common.BACKGROUND
+        labels = F.interpolate(labels[None], (args.size, args.size))[0].long().to(DEVICE)
+        for _ in keys:
+            yield images.contiguous(memory_format=layout), labels
+
+    def detailed(run: common.Run) -> bool:
+        return run.iteration >= warm + counted
+
+    def timed_strips(run: common.Run, *maps: Tensor) -> Iterator:
+        begun = now() if detailed(run) else 0.0
+        yield from strips(run, *maps)
+        spent["loss"] += now() - begun if detailed(run) else 0.0
+
+    def timed_update(run: common.Run, losses: dict[str, Tensor]) -> None:
+        if run.iteration == warm + counted:  # from here on with more clocks, which cost time
+            rates.append(counted * args.batch / (now() - clock["begun"]))
+            clock["detail"], step = now(), run.optimizer.step
+            spent.update(loss=0.0, optimiser=0.0)
+
+            def timed_step() -> None:
+                begun = now()
+                step()
+                spent["optimiser"] += now() - begun
+
+            run.optimizer.step = timed_step
+        update(run, losses)
+        if run.iteration == warm:
+            clock["begun"] = now()
+        if run.iteration == run.total and run.step.index == 1:
+            spent["all"] = now() - clock["detail"]
+            raise Enough
+
+    def conclude(run: common.Run, step: common.Step, model: torch.nn.Module, timing: dict) -> None:
+        torch.save({"model": model.state_dict()}, run.folder / f"step_{step.index}.pt")
+
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        replaced(
+            common.Run,
+            open_data=open_data,
+            read=read,
+            strips=timed_strips,
+            update=timed_update,
+            conclude=conclude,
+            build=lambda run, step: build(run, step).to(memory_format=layout),
+            log=lambda run, text: None,
+        ),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.suppress(Enough),
+    ):
+        sys.argv = [script.__file__, *f"{data} {shape} {own} {flags} --epochs 1".split()]
+        sys.argv += ["--out", folder]
+        typed = script.flags().parse_args()
+        common.resolve(typed)
+        script.main(typed)
+    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if DEVICE == "cuda" else "-"
+    shares = (f"{100 * spent[part] / spent['all']:.0f}" for part in ("loss", "optimiser"))
+    return [*(f"{rate:.1f}" for rate in rates), *shares, peak]
+
+
 # ------------------------------------------------------------------------------------- contrast
 
 
@@ -372,10 +511,6 @@ def iteration(classes: list[int], size: int, batch: int, repeats: int) -> tuple[
 # ---------------------------------------------------------------------------------------- icd
 
 
-class Enough(Exception):
-    """The measurement is done."""
-
-
 def gradients(args: argparse.Namespace) -> None:
     """ICD's terms: the root mean square of their gradients by each part's weights, in step 1."""
     parts = ("trunk.layer1", "trunk.layer2", "trunk.layer3", "trunk.layer4", "aspp", "head")
@@ -398,23 +533,30 @@ def gradients(args: argparse.Namespace) -> None:
 
     print("\nICD's gradients on shapes, 15-1, step 1, root mean square over the weights of a part")
     header("term", "iteration", *parts)
-    common.Run.update, common.Run.log = measure, lambda run, text: None
     step0 = ["--step0", args.step0] if args.step0 else []
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        replaced(common.Run, update=measure, log=lambda run, text: None),
+        contextlib.suppress(Enough),
+    ):
         sys.argv = [icd.__file__, "--dataset", "shapes", "--out", folder, *step0]
         typed = icd.flags().parse_args()
         common.resolve(typed)
-        with contextlib.suppress(Enough):
-            icd.main(typed)
-    common.Run.update = update
+        icd.main(typed)
 
 
 if __name__ == "__main__":
-    tables = {table.__name__: table for table in (losses, contrast, loader, growth, gradients)}
+    tables = {
+        table.__name__: table for table in (losses, network, contrast, loader, growth, gradients)
+    }
     flags = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     flags.add_argument("tables", nargs="+", choices=tables)
     flags.add_argument("--size", type=int, default=512, help="side of the pictures (512)")
-    flags.add_argument("--batch", type=int, default=2, help="of the losses (2)")
+    flags.add_argument("--batch", type=int, default=2, help="of losses and network (2)")
+    flags.add_argument(
+        "--backbone", choices=common.BACKBONES, default="resnet101", help="(resnet101)"
+    )
+    flags.add_argument("--iterations", type=int, default=10, help="of the network, twice (10)")
     flags.add_argument("--repeats", type=int, default=2, help="the fastest counts (2)")
     most = "anchors up to which all pairs at once are tried (8192)"
     flags.add_argument("--most", type=int, default=8192, help=most)
