@@ -462,12 +462,12 @@ def test_images(sets: Sequence[Sequence[int]], step: Step) -> list[int]:
 
 
 def train_labels(
-    order: Sequence[int], step: Step, setting: str, void: str, later: int = BACKGROUND
+    order: Sequence[int], step: Step, setting: str, ignore: Sequence[str], later: int = BACKGROUND
 ) -> np.ndarray:
     """uint8 [256]: the data set's ids -> training labels. Hidden classes become background.
 
     setting     new classes are shown; in "sequential" old ones too
-    void        what 255 becomes: "ignore" (it stays) or "background"
+    ignore      holds "void" if 255 stays; else it becomes background
     later       the label of classes of later steps
     """
     table = np.full(256, IGNORE, np.uint8)
@@ -476,21 +476,21 @@ def train_labels(
         shown = c in step.new or (setting == "sequential" and c in step.old)
         hidden = later if c > step.last else BACKGROUND
         table[raw] = c if shown else hidden
-    table[IGNORE] = BACKGROUND if void == "background" else IGNORE
+    table[IGNORE] = IGNORE if "void" in ignore else BACKGROUND
     return table
 
 
-def test_labels(order: Sequence[int], step: Step, unseen: str, other: str) -> np.ndarray:
+def test_labels(order: Sequence[int], step: Step, ignore: Sequence[str]) -> np.ndarray:
     """uint8 [256]: the data set's ids -> test labels. Every class seen so far keeps its id.
 
-    unseen      what classes of later steps become: "background" or "ignore"
-    other       what the data set's own 0 becomes, ADE20K's "other": "background" or "ignore"
+    ignore      of "later" (classes of later steps) and "other" (the data set's own 0, ADE20K's
+                "other"): those are ignored, else they become background
     """
-    value = {"background": BACKGROUND, "ignore": IGNORE}
+    later, other = (IGNORE if name in ignore else BACKGROUND for name in ("later", "other"))
     table = np.full(256, IGNORE, np.uint8)
-    table[BACKGROUND] = value[other]
+    table[BACKGROUND] = other
     for c, raw in enumerate(order, 1):
-        table[raw] = c if c <= step.last else value[unseen]
+        table[raw] = c if c <= step.last else later
     return table
 
 
@@ -1037,7 +1037,7 @@ class Run:
         flags = {k: v for k, v in vars(args).items() if k not in ("eval", "predict")}
         if metrics.exists() or (self.folder / "last.pt").exists():
             there = read_json(config).get("flags", {})
-            free = ("out", "device", "workers", "save_every", "step0")
+            free = ("out", "device", "compile", "workers", "save_every", "step0")
             free += ("data",) * (args.dataset != "folder")  # there it is another data set
             differ = [k for k in flags if k not in free and flags[k] != there.get(k)]
             if differ:
@@ -1121,7 +1121,7 @@ class Run:
         setting = setting or self.args.setting
         ignored = self.args.dataset == "msrc" and setting == "sequential"
         later = IGNORE if ignored else BACKGROUND
-        return train_labels(self.order, step, setting, self.args.void, later)
+        return train_labels(self.order, step, setting, self.args.ignore, later)
 
     def build(self, step: Step) -> DeepLabV3:
         """The network as it is in a step, with random weights."""
@@ -1131,6 +1131,8 @@ class Run:
         for module in model.trunk.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = args.bn_momentum
+        if args.compile:  # the trunk alone: it never grows
+            model.stages = torch.compile(model.stages)
         return model.to(self.device, memory_format=torch.channels_last)
 
     def load(self, step: Step) -> DeepLabV3:
@@ -1455,7 +1457,7 @@ class Run:
         """One step's entry of metrics.json, in percent, on test images with a class seen so far."""
         args, begun, channels = self.args, time.monotonic(), step.channels
         images = test_images(self.test_sets, step)
-        table = test_labels(self.order, step, args.unseen, args.other)
+        table = test_labels(self.order, step, args.ignore)
         confusion = torch.zeros(channels, channels, dtype=torch.int64, device=self.device)
         own = images[self.rank :: self.world]
         for pictures, labels in self.sweep(self.source.test, table, own):
@@ -1486,7 +1488,7 @@ class Run:
         for c in np.linspace(1, len(self.order), 6).round():
             fitting = (i for i, ids in enumerate(self.test_sets) if c in ids and i not in chosen)
             chosen += list(fitting)[:1]
-        truth = test_labels(self.order, self.plan[-1], "ignore", "background")
+        truth = test_labels(self.order, self.plan[-1], ["later"])
         view = View(self.source.test, truth, self.args.crop)
         pixels, labels = zip(*(view[0, i] for i in chosen or [0]), strict=True)
         columns = {"truth": [map_.numpy() for map_ in labels]}
@@ -1837,11 +1839,11 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     def default(key: str) -> str:
         values = {}
         for name, recipe in recipes.items():
-            text = " ".join(map(str, np.atleast_1d(recipe[key])))
+            text = " ".join(map(str, np.atleast_1d(recipe[key]))) or "none"
             values[text] = [*values.get(text, []), name]
         return "; ".join(f"{', '.join(names)}: {text}" for text, names in values.items())
 
-    on, ways = "store_true", ("background", "ignore")
+    on = "store_true"
     settings = ("overlapped", "disjoint", "sequential")
     add = made.add_argument_group("task").add_argument
     text = "A classes, then B at a time; or offline: all at once (15-1; ade 100-50, msrc 16-5)"
@@ -1860,9 +1862,9 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
         help="data set, as data/README.md says (data/)",
     )
     add("--class-order", metavar="FILE", help="class names or ids, a line each (as in data/*.csv)")
-    add("--void", choices=ways, help=f"void pixels in training ({default('void')})")
-    add("--unseen", choices=ways, help=f"later classes in the test ({default('unseen')})")
-    add("--other", choices=ways, default=ways[0], help="ADE20K's id 0 in the test (background)")
+    text = "pixels that are left out and not background: void in training, classes of later "
+    text += f"steps in the test, ADE20K's id 0 (other) in the test ({default('ignore')})"
+    add("--ignore", choices=("void", "later", "other"), nargs="*", metavar="WHAT", help=text)
     text = "test on this part of the training images, for tuning (0: on the test images)"
     add("--held-out", type=float, default=0.0, metavar="PART", help=text)
     text = "Two values: step 0, later steps. The defaults' sources: RECIPE in the script."
@@ -1889,6 +1891,8 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cpu, cuda, cuda:1 (cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="of the network (bf16 on cuda, else fp32)")
+    text = "the trunk with torch.compile: minutes at the start, faster then (off)"
+    add("--compile", action=on, help=text)
     text = "processes that read images (one a core, 8 at most; shapes 0)"
     add("--workers", type=natural, metavar="N", help=text)
     text = "of weights, order and augmentation (0)"

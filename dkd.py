@@ -38,7 +38,7 @@ Results of this file: README.md, for shapes and 739 photographs of VOC 2012. Not
 
 Differences between the paper (p), the authors' code (c) and this file:
  1. Void pixels. p: not mentioned; c: negatives in mbce, part of every other term. As c;
-    --void ignore leaves them out of mbce.
+    --ignore void leaves them out of mbce.
  2. Eq. 8, 9. p: mean over the image; c: over the feature map, stride 16. As c.
  3. Eq. 6. p: split by the sign of the product f w; c: by the sign of w, which is the same for
     f >= 0, behind a ReLU as here. As c.
@@ -85,8 +85,7 @@ RECIPE = {
         "bn_momentum": 0.01,
         "warmup": 0.0,
         "positive_weight": [2.0, 1.0],
-        "void": "background",
-        "unseen": "background",
+        "ignore": [],
     }
 }
 RECIPE["ade"] = RECIPE["voc"] | {
@@ -95,9 +94,9 @@ RECIPE["ade"] = RECIPE["voc"] | {
     "lr": [2.5e-3, 2.5e-4],
     "warmup": 0.2,
     "positive_weight": [35.0],
-    "unseen": "ignore",
+    "ignore": ["later"],
 }
-RECIPE["msrc"] = RECIPE["voc"] | {"batch": 8, "crop": 256, "void": "ignore", "unseen": "ignore"}
+RECIPE["msrc"] = RECIPE["voc"] | {"batch": 8, "crop": 256, "ignore": ["void", "later"]}
 RECIPE["shapes"] = RECIPE["voc"] | {
     "epochs": [15],
     "batch": 8,
@@ -108,6 +107,7 @@ RECIPE["shapes"] = RECIPE["voc"] | {
     "output_stride": 8,
     "bn_momentum": 0.1,
 }
+WEIGHT_DECAY = 1e-4  # code; in step 0 of everything, later of the newest classifier
 
 
 def mbce(
@@ -201,13 +201,13 @@ def freeze(model: common.DeepLabV3) -> None:
 
 def parameter_groups(model: common.DeepLabV3, lr: float, args: argparse.Namespace, first: bool):
     """Rates; weight decay on everything in the first step, on the newest classifier alone later."""
-    decay = args.weight_decay if first else 0.0
+    decay = WEIGHT_DECAY if first else 0.0
     head = nn.ModuleList([model.aspp, model.head, *model.classifiers[:-1]]).parameters()
     new = model.classifiers[-1].parameters()
     return [
         {"params": model.trunk.parameters(), "lr": lr, "weight_decay": decay},
         {"params": head, "lr": args.head_lr * lr, "weight_decay": decay},
-        {"params": new, "lr": args.head_lr * lr, "weight_decay": args.weight_decay},
+        {"params": new, "lr": args.head_lr * lr, "weight_decay": WEIGHT_DECAY},
     ]
 
 
@@ -315,8 +315,6 @@ def flags() -> argparse.ArgumentParser:
     add("--freeze", action=switch, default=True, help=text)
     text = "ASPP's, head's and classifiers' rate is this times --lr (10: code)"
     add("--head-lr", type=rate, default=10.0, help=text)
-    text = "step 0: everything; later: the newest classifier (1e-4: code)"
-    add("--weight-decay", type=rate, default=1e-4, help=text)
     text = "DKD-M: images of earlier steps (0; 100 on voc, 300 on ade: paper)"
     add("--memory", type=common.natural, default=0, metavar="N", help=text)
     return parser

@@ -23,7 +23,7 @@ features of different scales, which are kept as well (external).
 | alternative: PLOP's Local POD                       | local_pod                        |
 
     --no-internal --no-external                 pseudo-labels alone
-    --no-external --internal-form pod           PLOP
+    --no-external --statistics pod              PLOP
     --no-external                               internal alone
     --no-internal                               external alone
     --statistics means | deviations             half of the statistics
@@ -78,14 +78,14 @@ RECIPE = {
         "dropout": 0.0,
         "bn_momentum": 0.1,
         "warmup": 0.0,
-        "void": "ignore",
-        "unseen": "background",
+        "ignore": ["void"],
         "internal_weight": 10.0,
         "external_weight": 1.0,
+        "pod": [0.01, 0.0005],
     }
 }
 RECIPE["ade"] = RECIPE["voc"] | {"epochs": [60], "internal_weight": 3.0, "external_weight": 0.3}
-RECIPE["msrc"] = RECIPE["voc"] | {"batch": 8, "crop": 256, "unseen": "ignore"}
+RECIPE["msrc"] = RECIPE["voc"] | {"batch": 8, "crop": 256, "ignore": ["void", "later"]}
 RECIPE["shapes"] = RECIPE["voc"] | {
     "epochs": [15],
     "batch": 8,
@@ -94,7 +94,10 @@ RECIPE["shapes"] = RECIPE["voc"] | {
     "backbone": "small",
     "weights": "none",
     "output_stride": 8,
+    "internal_weight": 1.0,  # of 10, 1, 0.1 the best on held-out training images
+    "pod": [0.001, 0.00005],  # likewise, in ucd.py
 }
+WEIGHT_DECAY = 1e-4  # of all parameters: MiB's code
 LEVELS = (1, 2, 3, 4, 5)
 BINS = 1000  # of the histograms from which the medians are read
 
@@ -363,8 +366,8 @@ def parameter_groups(model: common.DeepLabV3, lr: float, args: argparse.Namespac
     """One rate and weight decay for all; --head-lr raises what is not trunk."""
     head = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
     return [
-        {"params": model.trunk.parameters(), "lr": lr, "weight_decay": args.weight_decay},
-        {"params": head, "lr": args.head_lr * lr, "weight_decay": args.weight_decay},
+        {"params": model.trunk.parameters(), "lr": lr, "weight_decay": WEIGHT_DECAY},
+        {"params": head, "lr": args.head_lr * lr, "weight_decay": WEIGHT_DECAY},
     ]
 
 
@@ -421,7 +424,7 @@ def main(args: argparse.Namespace) -> None:
                 small = model.auxiliary(external.fuse(maps)[0])
                 auxiliary = F.interpolate(small, labels.shape[1:], mode="bilinear")
                 losses["auxiliary"] = 0.4 * unbiased_cross_entropy(auxiliary, labels, 1)
-            if not first and args.internal and args.internal_form == "pod":
+            if not first and args.internal and args.statistics == "pod":
                 factors = [args.pod[level == 5] for level in args.levels]
                 losses["internal"] = gamma * local_pod(maps, old_maps, factors)
             elif not first and args.internal:
@@ -442,22 +445,19 @@ def flags() -> argparse.ArgumentParser:
     add("--base", choices=("plop", "mib"), default="plop", help=text)
     add("--internal", action=switch, default=True, help="statistics within each level (on)")
     add("--external", action=switch, default=True, help="relations between levels (on)")
-    text = "statistics, or PLOP's Local POD (statistics)"
-    add("--internal-form", choices=("statistics", "pod"), default="statistics", help=text)
-    text = "of each level, in the internal term (both)"
-    add("--statistics", choices=("both", "means", "deviations"), default="both", help=text)
+    text = "of the internal term: means and deviations, one of them, or PLOP's Local POD (both)"
+    add("--statistics", choices=("both", "means", "deviations", "pod"), default="both", help=text)
     text = "stages 1-4, and 5, the classifiers' input (all)"
     add("--levels", type=int, nargs="+", default=[*LEVELS], metavar="LEVEL", help=text)
     text = "parameters of the external term: frozen from the seed on, or trained in step 0 (random)"
     add("--attention", choices=("random", "trained"), default="random", help=text)
-    add("--internal-weight", type=rate, help="(voc 10, ade 3)")
-    add("--external-weight", type=rate, help="(voc 1, ade 0.3)")
-    text = "factors of Local POD, levels 1-4 and level 5 (0.01 0.0005: PLOP's code)"
-    add("--pod", type=rate, nargs=2, default=[0.01, 0.0005], help=text)
+    add("--internal-weight", type=rate, help="(voc 10, ade 3, shapes 1)")
+    add("--external-weight", type=rate, help="(voc 1, ade 0.3, shapes 1)")
+    text = "factors of Local POD, levels 1-4 and level 5 (0.01 0.0005: PLOP's code; shapes a tenth)"
+    add("--pod", type=rate, nargs=2, help=text)
     add("--kd-weight", type=rate, default=10.0, help="mib: weight of distillation (10: code)")
     text = "ASPP's, head's and classifiers' rate is this times --lr (1: code)"
     add("--head-lr", type=rate, default=1.0, help=text)
-    add("--weight-decay", type=rate, default=1e-4, help="of all parameters (1e-4: code)")
     return parser
 
 

@@ -77,12 +77,10 @@ def test_images_and_labels_equal_the_published_loaders(golden, code):
             setting = name.removeprefix("voc_15-1_")
             if setting == "test":
                 images = common.test_images(sets, step)
-                unseen = "ignore" if code == "mib" else "background"
-                table = common.test_labels(order, step, unseen, "background")
+                table = common.test_labels(order, step, ["later"] * (code == "mib"))
             else:
                 images = common.images_of_step(sets, step, setting)
-                void = "background" if code == "mib" else "ignore"
-                table = common.train_labels(order, step, setting, void)
+                table = common.train_labels(order, step, setting, ["void"] * (code == "plop"))
             if code == "mib" and setting == "test":
                 table[0] = 0  # MiB ignores 0 on ADE20K only
             labels = {str(i): table[[0, *sets[i], 255]].tolist() for i in images}
@@ -93,26 +91,26 @@ def test_labels_of_a_permuted_order():
     """19-1b: class 5 is learned last, and is class 20 then."""
     order = [*range(1, 5), *range(6, 21), 5]
     first, last = common.task_steps("19-1", 20)
-    table = common.train_labels(order, first, "overlapped", "ignore")
+    table = common.train_labels(order, first, "overlapped", ["void"])
     assert table[[0, 1, 4, 5, 6, 20, 255]].tolist() == [0, 1, 4, 0, 5, 19, 255]
-    table = common.train_labels(order, last, "overlapped", "ignore")
+    table = common.train_labels(order, last, "overlapped", ["void"])
     assert table[[0, 1, 4, 5, 6, 20, 255]].tolist() == [0, 0, 0, 20, 0, 0, 255]
-    table = common.test_labels(order, last, "background", "background")
+    table = common.test_labels(order, last, [])
     assert table[[0, 1, 4, 5, 6, 20, 255]].tolist() == [0, 1, 4, 20, 5, 19, 255]
 
 
 def test_settings_void_and_other():
     order, step = [*range(1, 21)], Step(1, 16, 17)
-    masked = common.train_labels(order, step, "disjoint", "background")
+    masked = common.train_labels(order, step, "disjoint", [])
     assert masked[[0, 3, 16, 17, 18, 255]].tolist() == [0, 0, 16, 17, 0, 0]
-    shown = common.train_labels(order, step, "sequential", "ignore")
+    shown = common.train_labels(order, step, "sequential", ["void"])
     assert shown[[0, 3, 16, 17, 18, 255]].tolist() == [0, 3, 16, 17, 0, 255]
-    ignored = common.train_labels(order, step, "sequential", "ignore", later=255)
+    ignored = common.train_labels(order, step, "sequential", ["void"], later=255)
     assert ignored[[0, 3, 16, 17, 18, 255]].tolist() == [0, 3, 16, 17, 255, 255]
-    ade = common.test_labels([*range(1, 151)], Step(0, 1, 100), "ignore", "ignore")
+    ade = common.test_labels([*range(1, 151)], Step(0, 1, 100), ["later", "other"])
     assert ade[[0, 1, 100, 101, 150]].tolist() == [255, 1, 100, 255, 255]
     for setting in ("overlapped", "disjoint", "sequential"):
-        table = common.train_labels(order, step, setting, "ignore")
+        table = common.train_labels(order, step, setting, ["void"])
         assert {*table.tolist()} <= {
             0,
             *step.new,

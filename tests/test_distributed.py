@@ -37,7 +37,7 @@ for method in METHODS:
 
 def launch(folder, data, count, methods=METHODS, more=""):
     """`count` processes; folder/runs is what they leave."""
-    flags = f"--dataset voc --task 19-1 {SMALL} --lr 0.3 --void ignore --epochs 1 {more}".split()
+    flags = f"--dataset voc --task 19-1 {SMALL} --lr 0.3 --ignore void --epochs 1 {more}".split()
     flags += ["--data", str(data), "--out", str(folder / "runs"), "--setting", "overlapped"]
     given = f"ROOT, METHODS, FLAGS = {str(ROOT)!r}, {methods!r}, {flags!r}\n"
     (folder / "driver.py").write_text(given + DRIVER)

@@ -474,7 +474,7 @@ def test_one_image_few_images_and_crops_of_void(start, tmp_path, method, batch):
         values[0, 0] = {"a3": 4, "a4": 5, "a19": 20}[name]
         trees.write(base / f"SegmentationClassAug/{name}.png", values)
     trees.write(base / "SegmentationClassAug/a12.png", trees.mask([13]))  # 20 only in step 1
-    flags = f"--task 19-1 {SMALL} --setting overlapped --batch {batch} --epochs 1 2 --void ignore"
+    flags = f"--task 19-1 {SMALL} --setting overlapped --batch {batch} --epochs 1 2 --ignore void"
     code, _, err = start(flags, tmp_path / "few", method)
     assert (code, err) == (0, "")
     folder = Path(f"runs/{method}-voc-19-1-overlapped-s0")

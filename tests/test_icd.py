@@ -152,7 +152,7 @@ def test_the_bases_are_those_of_ucd(name):
     [
         ("", {"ce", "internal", "external"}),
         ("--no-internal --no-external", {"ce"}),
-        ("--no-external --internal-form pod", {"ce", "internal"}),
+        ("--no-external --statistics pod", {"ce", "internal"}),
         ("--base mib --statistics means", {"ce", "kd", "internal", "external"}),
         ("--levels 3 4 5 --precision bf16", {"ce", "internal", "external"}),
         ("--attention trained", {"ce", "auxiliary", "internal", "external"}),

@@ -300,7 +300,7 @@ class Plan:
     sets = ([1, 2], [3, 4], [4, 5], [1], [2, 5], [3], [4])
 
     def __init__(self, flags):
-        self.args = mib.flags().parse_args(["--void", "ignore", *flags.split()])
+        self.args = mib.flags().parse_args(["--ignore", "void", "later", *flags.split()])
         self.plan = common.task_steps("3-1", 5)
         self.images = [common.images_of_step(self.sets, s, "overlapped") for s in self.plan]
 
