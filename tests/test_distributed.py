@@ -83,3 +83,20 @@ def test_a_fault_of_one_process_ends_all_with_the_reason(tmp_path, data):
     done = launch(tmp_path, data, 2, ("ilt",), "--batch 5")
     assert done.returncode != 0
     assert "--batch 5: 2 processes share it, it has to be a multiple of 2" in done.stderr
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_the_readmes_torchrun_commands_run(tmp_path, data, machines):
+    """As they stand, but for the number of processes: two, on one machine or one on each."""
+    lines = (ROOT / "README.md").read_text().splitlines()
+    line = [line for line in lines if line.startswith("torchrun ")][machines - 1]
+    assert ("--nnodes=2 " in line) == (machines == 2)
+    line = line.replace("--nproc_per_node=4", f"--nproc_per_node={2 // machines}")
+    line = line.replace("HOST", "127.0.0.1").replace("DIR", str(data))
+    line = line.replace("torchrun", "-m torch.distributed.run").replace("dkd.py", f"{ROOT}/dkd.py")
+    command = [sys.executable, *line.split(), *SMALL.split(), "--epochs", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    started = [subprocess.Popen(command, **pipes) for _ in range(machines)]
+    ends = [process.communicate(timeout=300) for process in started]
+    assert [process.returncode for process in started] == [0] * machines, ends
+    assert (tmp_path / "runs/dkd-voc-15-1-overlapped-s0/step_5.pt").exists()

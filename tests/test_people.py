@@ -9,6 +9,7 @@ import re
 import runpy
 import shlex
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -335,6 +336,53 @@ def test_the_readmes_fork_works(tmp_path, monkeypatch, capsys):
     assert module.drift(model, old).item() == pytest.approx(18)
 
 
+def fetch_nothing(monkeypatch, root):
+    """torchvision's downloads and scipy, for --download without a network."""
+
+    def voc(where, *_, download):
+        assert Path(where) == root and download
+
+    def sbd(where, *_, download):
+        (Path(where) / "cls").mkdir(parents=True)
+        (Path(where) / "cls/a0.mat").touch()
+
+    monkeypatch.setattr("torchvision.datasets.VOCSegmentation", voc)
+    monkeypatch.setattr("torchvision.datasets.SBDataset", sbd)
+    found = {"GTcls": [{"Segmentation": [np.uint8(trees.mask([1]) % 255)]}]}
+    for name in ("scipy", "scipy.io"):
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(loadmat=lambda path: found))
+
+
+def test_the_readmes_commands_run(start, tmp_path, monkeypatch, capsys):
+    """All but those of the two sections above, in their order, on tiny data and a small network."""
+    text = (ROOT / "README.md").read_text()
+    for title in ("Your own data", "Fork a method"):
+        text = text.replace(section(title)[0], "")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
+    lines = [line.split(" # ")[0] for block in blocks for line in block.splitlines()]
+    commands = [match for line in lines for match in re.findall(r"python (\w+)\.py (.+)", line)]
+    trees.voc(tmp_path / "voc", trees.CLASSES, trees.CLASSES[:12])
+    trees.ade(tmp_path / "ade", [range(1, 151)], [range(1, 151)])
+    trees.msrc(tmp_path / "msrc")
+    trees.write(tmp_path / "photo.jpg", trees.picture(1))
+    monkeypatch.setattr(common, "SHAPES_TRAIN", 60)
+    monkeypatch.setattr(common, "SHAPES_TEST", 10)
+    fetch_nothing(monkeypatch, tmp_path / "voc")
+    assert {script for script, _ in commands} == {*METHODS, "common"} and len(commands) > 15
+    for script, flags in commands:
+        where = re.search("--dataset (ade|msrc)", flags)
+        flags = flags.replace("DIR", str(tmp_path / (where[1] if where else "voc")))
+        if "runs/*" in flags:  # here only two of them
+            flags = flags.replace("runs/*", " ".join(map(str, Path().glob("runs/[du]*shapes-15*"))))
+        if script == "common":
+            pytest.importorskip("matplotlib")
+            report(*flags.split(" --curves")[0].split(), curves=flags.split()[-1])
+            continue
+        small = f" {SMALL} --epochs 1" * ("--analyse" not in flags)
+        status, _, err = start(flags + small, method=script)
+        assert (status, err) == (0, ""), flags
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_help_says_every_default_and_fits_a_screen_per_group(method, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
@@ -346,3 +394,4 @@ def test_help_says_every_default_and_fits_a_screen_per_group(method, monkeypatch
     assert max(len(group.splitlines()) for group in groups) <= 40
     for action in made._actions[1:]:  # in brackets: the default; a flag without a value is off
         assert re.search(r"\(.+\)", action.help) or action.default in (None, False), action.help
+    assert len(made._actions) - 1 < 40  # without --help

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import json
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -346,18 +345,3 @@ def test_a_faulty_picture_is_named_also_from_a_worker(start, tmp_path):
         status, _, err = start(f"{TINY} --workers {workers}", tmp_path / "bad")
         assert status == 2 and "a5.jpg: not a readable picture" in err
         assert len(err.splitlines()) == 1, err
-
-
-def readme_commands():
-    text = (ROOT / "README.md").read_text()
-    blocks = re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S)
-    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
-    lines = [line for line in lines if "--help" not in line and "mine.py" not in line]
-    return [line for line in lines if re.search(r"python \w+\.py", line)]
-
-
-@pytest.mark.parametrize("command", readme_commands() or ["README without a command"])
-def test_the_readmes_commands_are_accepted(command):
-    for part in re.findall(r"python (\w+)\.py([^&|;]*)", command):
-        module = __import__(part[0])
-        module.flags().parse_args(shlex.split(part[1]))

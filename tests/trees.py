@@ -43,15 +43,13 @@ def voc(root, train, test, train_list=True):
     return base
 
 
-def ade(root):
+def ade(root, train=((1,), (150, 2)), test=((3,),)):
     base = root / "ADEChallengeData2016"
-    for part, images in (("training", [[1], [150, 2]]), ("validation", [[3]])):
+    for part, images in (("training", train), ("validation", test)):
         for i, classes in enumerate(images):
-            write(base / f"images/{part}/{i}.jpg", picture(i))
-            write(
-                base / f"annotations/{part}/{i}.png",
-                np.where(mask(classes) == 255, 0, mask(classes)),
-            )
+            label = mask(classes, width=max(32, len(classes) + 2))
+            write(base / f"images/{part}/{i}.jpg", picture(i, width=label.shape[1]))
+            write(base / f"annotations/{part}/{i}.png", np.where(label == 255, 0, label))
     return base
 
 
