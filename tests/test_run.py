@@ -1,6 +1,7 @@
 """Whole runs on tiny data: files, resume, refusals, messages."""
 
 import csv
+import functools
 import importlib
 import inspect
 import json
@@ -256,6 +257,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(start):
 
 def test_bfloat16_runs_every_loss(start):
     assert start(TINY + " --task 18-1 --memory 10 --precision bf16 --epochs 1")[0] == 0
+
+
+def test_compiled_the_trunk_learns_the_same_and_weights_stay_plain(start, monkeypatch):
+    """Through two steps: the classifiers grow. Here without the slow part, code generation."""
+    compiled = functools.partial(torch.compile, backend="aot_eager")
+    calls = []
+    monkeypatch.setattr(torch, "compile", lambda work: calls.append(work) or compiled(work))
+    for flags in ("--out plain", "--out compiled --compile"):
+        assert start(f"{TINY} --dry-run {flags}")[0] == 0
+    assert calls and all(call.__name__ == "stages" for call in calls)
+    name = FOLDER.name + "-dry"
+    plain, other = (weights(Path(out) / name, 1) for out in ("plain", "compiled"))
+    assert plain.keys() == other.keys()
+    for key, value in plain.items():
+        assert torch.allclose(value, other[key], rtol=1e-4, atol=1e-5), key
 
 
 def test_a_step_with_fewer_images_than_the_batch(start):
