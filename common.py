@@ -1927,8 +1927,8 @@ def rate(text: str) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0")
+    if not 0 <= value <= 1e30:  # more overflows float32 in the optimiser
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1e30")
     return value
 
 
@@ -2062,13 +2062,13 @@ def check_data(args: argparse.Namespace) -> int:
         print(f"  {level}: {kind}: {len(files)}, such as {', '.join(files[:2])}")
     problems.pop(STRANGE_COLOURS, None)  # no error
     train, test = (shown_classes(part, order) for part in (source.train, source.test))
-    published: dict = {(args.task, args.setting): {}}
+    lists: dict = {(args.task, args.setting): {}}  # of the published codes
     for row in read_table("image_counts"):
         if row["dataset"] == args.dataset:
             key = (row["task"], row["setting"])
-            published.setdefault(key, {})[int(row["step"])] = (row["train"], row["test"])
+            lists.setdefault(key, {})[int(row["step"])] = (row["train"], row["test"])
     print("images per step; * differs from the published lists, which have the number in brackets")
-    for (task, setting), expected in published.items():
+    for (task, setting), expected in lists.items():
         lines = []
         for step in task_steps(task, len(order)):
             keep = args.keep_later and (task, setting) == (args.task, args.setting)

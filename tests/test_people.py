@@ -383,6 +383,17 @@ def test_the_readmes_commands_run(start, tmp_path, monkeypatch, capsys):
         assert (status, err) == (0, ""), flags
 
 
+def test_the_flags_in_the_readmes_tables_are_accepted():
+    text = (ROOT / "README.md").read_text().replace("--seed S", "--seed 0")
+    typed = re.findall(r"`python (\w+)\.py ([^`]*)`", text)
+    for script, part in re.findall(r"\n### (\w+)\.py[^\n]*\n(.*?)(?=\n##)", text, re.S):
+        typed += [(script, span) for span in re.findall(r"`(--[^`]*)`", part)]
+    typed = [pair for pair in typed if pair[1] not in ("--analyse", "--labels")]
+    assert len(typed) > 70 and {script for script, _ in typed} == {*METHODS}
+    for script, flags in typed:
+        importlib.import_module(script).flags().parse_args(shlex.split(flags))
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_help_says_every_default_and_fits_a_screen_per_group(method, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
