@@ -1862,8 +1862,8 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
         help="data set, as data/README.md says (data/)",
     )
     add("--class-order", metavar="FILE", help="class names or ids, a line each (as in data/*.csv)")
-    text = "pixels that are left out and not background: void in training, classes of later "
-    text += f"steps in the test, ADE20K's id 0 (other) in the test ({default('ignore')})"
+    text = "pixels that are left out, not background: void (in training), later (classes of later "
+    text += f"steps, in the test), other (ADE20K's id 0, in the test) ({default('ignore')})"
     add("--ignore", choices=("void", "later", "other"), nargs="*", metavar="WHAT", help=text)
     text = "test on this part of the training images, for tuning (0: on the test images)"
     add("--held-out", type=float, default=0.0, metavar="PART", help=text)
@@ -1891,7 +1891,7 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cpu, cuda, cuda:1 (cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="of the network (bf16 on cuda, else fp32)")
-    text = "the trunk with torch.compile: minutes at the start, faster then (off)"
+    text = "the trunk with torch.compile, which takes minutes at the start (off)"
     add("--compile", action=on, help=text)
     text = "processes that read images (one a core, 8 at most; shapes 0)"
     add("--workers", type=natural, metavar="N", help=text)
