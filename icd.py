@@ -39,8 +39,8 @@ What is open, how sure we are, and where a reader of the full paper would change
  f. The attention's parameters: open. Random and frozen, or --attention trained. They never learn
     from the distillation: a constant would please it.
  g. Base: PLOP's pseudo-labels are likely. --base.
- h. Weights 10 and 1 (ADE20K 3 and 0.3), gamma = sqrt(all / new channels) as PLOP's: open.
-    --internal-weight, --external-weight, main.
+ h. Weights 10 and 1 (ADE20K 3 and 0.3; shapes 1 and 1, chosen on held-out training images), gamma
+    = sqrt(all / new channels) as PLOP's: open. --internal-weight, --external-weight, main.
 
 Results of this file: README.md, for shapes. Not run yet: photographs.
 
