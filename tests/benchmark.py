@@ -19,6 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -38,17 +39,19 @@ import ucd
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def now() -> float:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def seconds(work: Callable, repeats: int = 3) -> float:
     """The fastest of some repeats, after one that does not count."""
     best = math.inf
     for repeat in range(repeats + 1):
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        begun = time.perf_counter()
+        begun = now()
         work()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - begun) if repeat else best
+        best = min(best, now() - begun) if repeat else best
     return best
 
 
@@ -243,24 +246,6 @@ class Enough(Exception):
     """The measurement is done."""
 
 
-@contextlib.contextmanager
-def replaced(owner: type, **members: Callable) -> Iterator[None]:
-    before = {name: getattr(owner, name) for name in members}
-    for name, member in members.items():
-        setattr(owner, name, member)
-    try:
-        yield
-    finally:
-        for name, member in before.items():
-            setattr(owner, name, member)
-
-
-def now() -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def network(args: argparse.Namespace) -> None:
     """Whole iterations of the scripts' own loops, on one random batch: step 0, and a later one."""
     print(
@@ -335,7 +320,7 @@ def train(method: str, flags: str, layout: torch.memory_format, classes: int, ar
         torch.cuda.reset_peak_memory_stats()
     with (
         tempfile.TemporaryDirectory() as folder,
-        replaced(
+        mock.patch.multiple(
             common.Run,
             open_data=open_data,
             read=read,
@@ -536,7 +521,7 @@ def gradients(args: argparse.Namespace) -> None:
     step0 = ["--step0", args.step0] if args.step0 else []
     with (
         tempfile.TemporaryDirectory() as folder,
-        replaced(common.Run, update=measure, log=lambda run, text: None),
+        mock.patch.multiple(common.Run, update=measure, log=lambda run, text: None),
         contextlib.suppress(Enough),
     ):
         sys.argv = [icd.__file__, "--dataset", "shapes", "--out", folder, *step0]
