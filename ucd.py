@@ -131,20 +131,20 @@ def contrastive_distillation(
     labels = F.interpolate(labels[:, None].double(), features.shape[2:])[:, 0].long()
     known = labels != BACKGROUND
     labels = torch.where(known, labels, old_logits.argmax(1))
-    used = (labels != BACKGROUND) & (labels != IGNORE)
+    used = ((labels != BACKGROUND) & (labels != IGNORE)).nonzero(as_tuple=True)
     labels, known = labels[used], known[used]
 
     def pixels(maps: Tensor) -> Tensor:
         return maps.permute(0, 2, 3, 1)[used]
 
     anchors, p = F.normalize(pixels(features), dim=1), pixels(old_logits.softmax(1))
-    taken = ~known & use_old
+    taken = (~known & use_old).nonzero()[:, 0]
     old = F.normalize(pixels(old_features)[taken], dim=1)
     keys = torch.cat([anchors, old]).detach()
     key_labels, key_known, key_p = (torch.cat([v, v[taken]]) for v in (labels, known, p))
 
-    def sum_of(block: Tensor, start: int) -> Tensor:
-        """The losses of the anchors start, start + 1, ..."""
+    def sum_of(block: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """The losses of the anchors start, start + 1, ..., and how many have a positive."""
         rows = slice(start, start + len(block))
         s = block @ keys.T / temperature
         same = labels[rows, None] == key_labels
@@ -157,21 +157,20 @@ def contrastive_distillation(
             loss = loss * (p[rows] @ key_p.T).masked_fill(both, 1)
         positive = same.clone()
         positive.diagonal(start).fill_(False)  # not the anchor itself
-        loss = loss.masked_fill(~positive, 0).sum(1)
-        return (loss / positive.sum(1).clamp(min=1)).sum()
+        loss, pairs = loss.masked_fill(~positive, 0).sum(1), positive.sum(1)
+        return (loss / pairs.clamp(min=1)).sum(), (pairs > 0).sum()
 
     rows = max(1, common.STRIP[anchors.is_cuda] // max(1, len(keys)))
-    total, leaf = anchors.sum() * 0, anchors.detach().requires_grad_()
+    total, count, leaf = anchors.sum() * 0, 0, anchors.detach().requires_grad_()
     for start in range(0, len(anchors), rows):  # a block's gradient is taken at once, none is kept
         with torch.enable_grad():
-            loss = sum_of(leaf[start : start + rows], start)
+            loss, with_positive = sum_of(leaf[start : start + rows], start)
             loss.backward()
-        total = total + loss.detach()
+        total, count = total + loss.detach(), count + with_positive
     if len(anchors):
         product = (anchors * leaf.grad).sum()  # its gradient is the one just taken
-        total = total + product - product.detach()
-    with_positive = key_labels.bincount()[labels] > 1
-    return total / with_positive.sum().clamp(min=1)
+        total = (total + product - product.detach()) / count.clamp(min=1)
+    return total
 
 
 def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 import trees
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from trees import CLASSES, METHODS, SMALL, TINY
 
 import common
@@ -272,6 +273,53 @@ def test_compiled_the_trunk_learns_the_same_and_weights_stay_plain(start, monkey
     assert plain.keys() == other.keys()
     for key, value in plain.items():
         assert torch.allclose(value, other[key], rtol=1e-4, atol=1e-5), key
+
+
+class Waits(TorchDispatchMode):
+    """While `on`, counts the operations that would wait for a GPU: the CPU needs their result."""
+
+    on, found = False, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masks = [i for i in indices if i is not None and i.dtype == torch.bool]
+        waits = name in ("_local_scalar_dense", "nonzero", "masked_select", "bincount", "_unique2")
+        self.found += self.on and bool(waits or masks)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("method", "each"),
+    [
+        ("dkd", 0),
+        ("mib_unbiased --ewc 1", 0),
+        ("ilt --no-freeze-encoder --encoder-kd 1 --similarity-kd 1", 0),
+        ("icd", 0),
+        ("ucd --base plop", 2),  # its contrast is of as many pixels as there are of foreground
+    ],
+)
+def test_an_iteration_does_not_wait_for_the_gpu(start, monkeypatch, method, each):
+    """Between a batch and the losses' reading, once in WINDOW iterations."""
+    waits, batches, read, later = Waits(), common.Run.batches, common.Run.read_window, []
+
+    def counted(run):
+        for batch in batches(run):
+            waits.on = True
+            later.append(run.step.index)
+            yield batch
+            waits.on = False
+
+    def read_window(run, names):
+        waits.on = False
+        return read(run, names)
+
+    monkeypatch.setattr(common.Run, "batches", counted)
+    monkeypatch.setattr(common.Run, "read_window", read_window)
+    script, *flags = method.split()
+    with waits:
+        assert start(" ".join([TINY, "--dry-run", *flags]), method=script)[0] == 0
+    assert 1 in later and waits.found == each * sum(later)
 
 
 def test_a_step_with_fewer_images_than_the_batch(start):
