@@ -1239,6 +1239,8 @@ class Run:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             torch.set_rng_state(saved["rng"])
+            if self.device.type == "cuda" and "cuda_rng" in saved:  # dropout's
+                torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
             self.iteration, self.seconds = saved["iteration"], saved["seconds"]
             self.window = [losses.to(self.device) for losses in saved.get("window", ())]
             self.log(f"  goes on at iteration {self.iteration} of {self.total}")
@@ -1404,6 +1406,8 @@ class Run:
         state = {"model": weights, "window": self.window, "optimizer": self.optimizer.state_dict()}
         state |= {"rng": torch.get_rng_state(), "step": self.step.index}
         state |= {"iteration": self.iteration, "seconds": self.seconds}
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         write_atomically(self.folder / "last.pt", lambda file: torch.save(state, file))
 
     # after the loop
@@ -1416,8 +1420,8 @@ class Run:
             images = self.total * min(self.args.batch, len(self.indices))
             timing = {"images_per_second": images / self.seconds, "minutes": self.seconds / 60}
         if self.device.type == "cuda":
-            timing["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-            torch.cuda.reset_peak_memory_stats()
+            timing["peak_memory_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.conclude(self.step, model, timing)
         if self.rank == 0:
             (self.folder / "last.pt").unlink()
