@@ -1,5 +1,6 @@
 import importlib
 import json
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU alone repeats bit by bit
 
 import trees  # noqa: E402
 

@@ -33,7 +33,9 @@ import common  # noqa: E402
 
 torch.set_num_threads(1)  # a forked child that waits for its parent's threads waits for ever
 common.SHAPES_TRAIN, common.SHAPES_TEST = 60, 12
-FLAGS = "--dataset shapes --task 10-5 --setting overlapped --crop 32 --batch 4 --epochs 3"
+FLAGS = (
+    "--dataset shapes --task 10-5 --setting overlapped --crop 32 --batch 4 --epochs 3 --device cpu"
+)
 OWN = {"dkd": "--memory 10", "mib_unbiased": "--replay 10 --ewc 1", "icd": "--attention trained"}
 WRITE = 3  # one of so many kills waits for a file that is being written
 

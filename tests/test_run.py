@@ -348,8 +348,6 @@ def test_a_step_with_fewer_images_than_the_batch(start):
     ],
 )
 def test_bad_input_ends_in_a_clear_line_and_status_2(start, flags, message):
-    if "cuda:99" in flags and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
     status, _, err = start(f"{TINY} {flags}")
     assert status == 2 and message in err and "Traceback" not in err
 
