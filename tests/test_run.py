@@ -318,7 +318,8 @@ def test_an_iteration_does_not_wait_for_the_gpu(start, monkeypatch, method, each
     monkeypatch.setattr(common.Run, "read_window", read_window)
     script, *flags = method.split()
     with waits:
-        assert start(" ".join([TINY, "--dry-run", *flags]), method=script)[0] == 0
+        status, _, err = start(" ".join([TINY, "--dry-run", *flags]), method=script)
+    assert (status, err) == (0, "")
     assert 1 in later and waits.found == each * sum(later)
 
 
