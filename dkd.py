@@ -60,7 +60,6 @@ Differences between the paper (p), the authors' code (c) and this file:
 from __future__ import annotations
 
 import argparse
-import json
 
 import numpy as np
 import torch
@@ -81,6 +80,7 @@ RECIPE = {
         "backbone": "resnet101",
         "weights": "imagenet",
         "output_stride": 16,
+        "dilate_first": False,
         "dropout": 0.1,
         "bn_momentum": 0.01,
         "warmup": 0.0,
@@ -174,22 +174,22 @@ def auxiliary_loss(logits: Tensor) -> Tensor:
     return F.softplus(logits).mean()
 
 
-class Auxiliary(nn.Conv2d):
-    """The auxiliary classifier: it reads the features but never teaches them (Sec. 3.2)."""
-
-    def forward(self, features: Tensor) -> Tensor:
-        return super().forward(features.detach())
-
-
 @torch.no_grad()
 def initialise(model: common.DeepLabV3, init: str) -> None:
-    """The new classifiers: copies of the auxiliary one (Eq. 11), or random (step 0, Table 3)."""
+    """The new classifiers: copies of the auxiliary one (Eq. 11), or random (Table 3)."""
     auxiliary, new = model.classifiers[0], model.classifiers[-1]
     if init == "auxiliary":
         new.weight.copy_(auxiliary.weight.expand_as(new.weight))
         new.bias.copy_(auxiliary.bias.expand_as(new.bias))
     else:
         nn.init.kaiming_normal_(new.weight)
+
+
+def initialise_all(model: common.DeepLabV3) -> None:
+    """Step 0: all convolutions behind the trunk start at random, as in the authors' code."""
+    for module in nn.ModuleList([model.aspp, model.head, model.classifiers]).modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
 
 
 def freeze(model: common.DeepLabV3) -> None:
@@ -200,16 +200,22 @@ def freeze(model: common.DeepLabV3) -> None:
             module.requires_grad_(False)
 
 
-def parameter_groups(model: common.DeepLabV3, lr: float, args: argparse.Namespace, first: bool):
-    """Rates; weight decay on everything in the first step, on the newest classifier alone later."""
+def sgd(
+    model: common.DeepLabV3, lr: float, args: argparse.Namespace, first: bool
+) -> torch.optim.SGD:
+    """Weight decay on everything in step 0, later on the newest classifier alone."""
     decay = WEIGHT_DECAY if first else 0.0
-    head = nn.ModuleList([model.aspp, model.head, *model.classifiers[:-1]]).parameters()
-    new = model.classifiers[-1].parameters()
-    return [
+    head = nn.ModuleList([model.aspp, model.head, *model.classifiers[:-1]])
+    groups = [
         {"params": model.trunk.parameters(), "lr": lr, "weight_decay": decay},
-        {"params": head, "lr": args.head_lr * lr, "weight_decay": decay},
-        {"params": new, "lr": args.head_lr * lr, "weight_decay": WEIGHT_DECAY},
+        {"params": head.parameters(), "lr": args.head_lr * lr, "weight_decay": decay},
+        {
+            "params": model.classifiers[-1].parameters(),
+            "lr": args.head_lr * lr,
+            "weight_decay": WEIGHT_DECAY,
+        },
     ]
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=args.device != "cpu")
 
 
 def predict(logits: Tensor) -> Tensor:
@@ -219,40 +225,41 @@ def predict(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def choose_memory(run: common.Run, step: common.Step, old_model: nn.Module, size: int) -> list[int]:
-    """DKD-M: indices of `size` training images of earlier steps, balanced over the old classes.
+def choose_memory(run: common.Run, step: common.Step, old_model: nn.Module) -> list[int]:
+    """DKD-M: indices of --memory training images of earlier steps, balanced over the old classes.
 
-    Candidates are the images of the step before and the memory so far, each with what is known of
-    it: its labels in that step and, if that was not step 0, the old model's predictions with
-    p >= 0.9 on its unlabelled pixels. The result is kept in memory_K.json: the next one needs it.
+    Candidates are the memory so far and the images of the step before, each with what one random
+    crop shows of it: its labels in that step and, if that was not step 0, the old model's
+    predictions with p >= 0.9 on background. Each class in turn takes the first candidate, in a
+    random order, that shows it. The result is kept in memory_K.json: the next step needs it.
     """
+    args, data = run.args, run.data
     file, earlier = (run.folder / f"memory_{k}.json" for k in (step.index, step.index - 1))
     if file.exists():
-        return [int(i) for i in json.loads(file.read_text())]
-    before = run.plan[step.index - 1]
-    known = {i: {*run.sets[i]} & {*before.new} for i in run.images[before.index]}
-    if before.index:
-        labels = common.train_labels(run.order, before, run.args.setting, "ignore")
-        todo = iter(known.values())
-        for images, shown in run.sweep(run.source.train, labels, list(known)):
-            score, best = old_model(images)[0][:, 1:].sigmoid().max(1)
-            sure = (shown == BACKGROUND) & (score >= 0.9)
-            for ids, where, classes in zip(best + 1, sure, todo, strict=False):
-                classes |= {*ids[where].tolist()}
-        for i, classes in json.loads(earlier.read_text()).items():
-            known[int(i)] = known.get(int(i), set()) | {*classes}
-    rng = np.random.default_rng((run.args.seed, step.index))
-    order, chosen = rng.permutation(list(known)).tolist(), {}
-    while len(chosen) < size:
+        return [i for i, _ in common.read_json(file)]
+    before = data.steps[step.index - 1]
+    candidates = common.read_json(earlier) if before.index else []
+    view, indices = data.training(before)
+    shown = iter(indices)
+    for images, labels in common.load_in_order(view, indices, args):
+        if before.index:
+            logits, _ = old_model(images)
+            score, best = common.upsample(logits, labels.shape[1:])[:, 1:].sigmoid().max(1)
+            labels = torch.where((labels == BACKGROUND) & (score >= 0.9), best + 1, labels)
+        candidates += [(next(shown), own.unique().tolist()) for own in labels]
+    rng = np.random.default_rng((args.seed, step.index))
+    rng.shuffle(candidates)
+    classes, chosen = rng.permutation(step.old).tolist(), []
+    while len(chosen) < args.memory:
         found = len(chosen)
-        for c in rng.permutation(step.old).tolist():
-            match = next((i for i in order if c in known[i] and i not in chosen), None)
-            if match is not None and len(chosen) < size:
-                chosen[match] = sorted(known[match])
+        for c in classes:
+            match = next((k for k, (_, ids) in enumerate(candidates) if c in ids), None)
+            if match is not None and len(chosen) < args.memory:
+                chosen.append(candidates.pop(match))
         if len(chosen) == found:
             break  # no other candidate shows an old class
     common.write_json(file, chosen)
-    return list(chosen)
+    return [i for i, _ in chosen]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -261,42 +268,44 @@ def main(args: argparse.Namespace) -> None:
         old_model, model = run.models(step)
         first = old_model is None
         model.train()
-        model.classifiers[0].__class__ = Auxiliary
-        initialise(model, "random" if first else args.init)
+        # channel 0 is the auxiliary classifier: it reads the features, but never teaches them
+        model.classifiers[0].register_forward_pre_hook(lambda _, inputs: inputs[0].detach())
+        if first:
+            initialise_all(model)
+        else:
+            initialise(model, args.init)
         if args.freeze and not first:
             freeze(model)
-        memory = (
-            choose_memory(run, step, old_model, args.memory) if args.memory and not first else []
-        )
-        groups = parameter_groups(model, common.per_step(args.lr, step), args, first)
+        memory = choose_memory(run, step, old_model) if args.memory and not first else []
+        memory = [(i, run.data.labels(step)) for i in memory]
         gamma = common.per_step(args.positive_weight, step)
         old, new = slice(1, step.first), slice(step.first, step.channels)  # channels
-        teach = not first and bool(args.alpha or args.beta)
-        labels = run.labels(step)
-        net = run.start(step, model, groups, labels, [(i, labels) for i in memory])
-        for images, labels in run.batches():
-            logits, features = net(images, upsample=False)
-            old_logits, losses = None, {}
-            if teach:
+        optimizer = sgd(model, common.per_step(args.lr, step), args, first)
+        net = run.parallel(model)
+        for images, labels in run.batches(step, model, optimizer, memory=memory):
+            logits, maps = net(images)
+            target, valid = (labels, step.first, gamma, IGNORE), labels != IGNORE
+            losses = {
+                "mbce": run.dense(mbce, logits[:, new], *target, valid=valid),
+                "ac": run.dense(auxiliary_loss, logits[:, :1]),
+            }
+            if not first and (args.alpha or args.beta):
                 with torch.no_grad():
-                    old_logits, old_features = old_model(images, upsample=False)
-            for part in run.strips(labels, logits, old_logits):
-                new_class = mbce(part.logits[:, new], part.labels, step.first, gamma, ignore=IGNORE)
-                dense = {"mbce": part.valid * new_class}
-                dense["ac"] = part.all * auxiliary_loss(part.logits[:, :1])
-                if teach:
-                    distance = kd(part.logits[:, old], part.old_logits[:, old])
-                    dense["kd"] = part.all * args.alpha * distance
-                run.add(dense)
-            if teach:
-                weight, old_weight = model.weight()[old], old_model.weight()[old]
-                f, old_f = features["head"].float(), old_features["head"].float()
-                positive, negative = decomposed_kd(f, weight, old_f, old_weight)
+                    old_logits, old_maps = old_model(images)
+                losses["kd"] = args.alpha * run.dense(kd, logits[:, old], old_logits[:, old])
+                positive, negative = decomposed_kd(
+                    maps["head"].float(),
+                    model.weight()[old],
+                    old_maps["head"].float(),
+                    old_model.weight()[old],
+                )
                 losses["positive"] = args.beta * args.distil_positive * positive
                 losses["negative"] = args.beta * args.distil_negative * negative
-            # Eq. 1: their sum
-            run.update(losses)
-        run.finish(model)
+            loss = run.log(losses)  # Eq. 1: their sum
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        run.finish(step, model)
 
 
 def flags() -> argparse.ArgumentParser:

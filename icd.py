@@ -76,16 +76,24 @@ RECIPE = {
         "backbone": "resnet101",
         "weights": "imagenet",
         "output_stride": 16,
+        "dilate_first": True,
         "dropout": 0.0,
         "bn_momentum": 0.1,
         "warmup": 0.0,
         "ignore": ["void"],
         "internal_weight": 10.0,
         "external_weight": 1.0,
-        "pod": [0.01, 0.0005],
+        "pod": 0.01,
+        "pod_logits": 0.0005,
     }
 }
-RECIPE["ade"] = RECIPE["voc"] | {"epochs": [60], "internal_weight": 3.0, "external_weight": 0.3}
+RECIPE["ade"] = RECIPE["voc"] | {
+    "epochs": [60],
+    "internal_weight": 3.0,
+    "external_weight": 0.3,
+    "pod": 0.001,
+    "pod_logits": 0.00001,
+}
 RECIPE["msrc"] = RECIPE["voc"] | {"batch": 8, "crop": 256, "ignore": ["void", "later"]}
 RECIPE["shapes"] = RECIPE["voc"] | {
     "epochs": [15],
@@ -95,17 +103,19 @@ RECIPE["shapes"] = RECIPE["voc"] | {
     "backbone": "small",
     "weights": "none",
     "output_stride": 8,
+    "dilate_first": False,
     "internal_weight": 1.0,  # of 10, 1, 0.1 the best on held-out training images
-    "pod": [0.001, 0.00005],  # likewise, in ucd.py
+    "pod": 0.001,  # likewise, in ucd.py
+    "pod_logits": 0.00005,
 }
 WEIGHT_DECAY = 1e-4  # of all parameters: MiB's code
 LEVELS = (1, 2, 3, 4, 5)
-BINS = 1000  # of the histograms from which the medians are read
 
 
-def maps_of(features: dict) -> list[Tensor]:
-    """The five levels, float32: stages 1-4 before their last ReLU, the classifiers' input."""
-    return [maps.float() for maps in (*features["before_relu"], features["head"])]
+def levels_of(maps: dict, levels: list[int]) -> list[Tensor]:
+    """Some of five levels, float32: stages 1-4 before their last ReLU, the classifiers' input."""
+    five = (*maps["before_relu"], maps["head"])
+    return [five[level - 1].float() for level in levels]
 
 
 def statistics(maps: Tensor, which: str = "both") -> list[Tensor]:
@@ -220,14 +230,11 @@ class ExternalDistillation(nn.Module):
         return torch.stack([hierarchical_distance(x, y) for x, y in pairs]).mean()
 
 
-def local_pod(
-    features: list[Tensor], old_features: list[Tensor], factors: list[float] | None = None
-) -> Tensor:
-    """PLOP: the distance of the means over rows and columns, in each map and its 4 and 16 cells.
+def local_pod(features: Tensor, old_features: Tensor) -> Tensor:
+    """PLOP: the distance of the means over rows and columns, in the map and its 4 and 16 cells.
 
-    features, old_features      lists of float [B, D, h, w]; squared first
-    factors                     of the maps; None = 1
-    returns                     scalar: mean over maps and images of the L2 norm, gradient 0 at 0
+    features, old_features      float [B, D, h, w]; squared first
+    returns                     scalar: mean over images of the L2 norm, gradient 0 at 0
     """
 
     def means(maps: Tensor) -> Tensor:
@@ -239,9 +246,26 @@ def local_pod(
             found += [cut.mean(5).flatten(1), cut.mean(3).flatten(1)]
         return torch.cat(found, 1)
 
-    triples = zip(features, old_features, factors or [1.0] * len(features), strict=True)
-    norms = [f * torch.linalg.vector_norm(means(x) - means(y), dim=1) for x, y, f in triples]
-    return torch.stack(norms).mean()
+    return torch.linalg.vector_norm(means(features) - means(old_features), dim=1).mean()
+
+
+def pod(
+    maps: list[Tensor], old_maps: list[Tensor], factors: list[float], channels: int, new: int
+) -> Tensor:
+    """PLOP: Local POD of several maps, weighed by how few of the classes are new.
+
+    maps, old_maps  [B, D, h, w] each, the last one the logits [B, C, h, w], in which the new
+                    classes are added to background
+    factors         of the maps
+    channels, new   of the model; classes that are new in this step
+    returns         scalar: mean over the maps
+    """
+    *features, logits = maps
+    old = old_maps[-1].shape[1]
+    background = logits[:, :1] + logits[:, old:].sum(1, keepdim=True)
+    merged = [*features, torch.cat([background, logits[:, 1:old]], 1)]
+    terms = [f * local_pod(x, y) for f, x, y in zip(factors, merged, old_maps, strict=True)]
+    return math.sqrt(channels / new) * torch.stack(terms).mean()
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -249,11 +273,11 @@ def entropy(logits: Tensor) -> Tensor:
     return torch.special.entr(logits.softmax(1)).sum(1) / math.log(max(2, logits.shape[1]))
 
 
-def pseudo_labels(labels: Tensor, old_logits: Tensor, thresholds: Tensor) -> Tensor:
+def pseudo_labels(old_logits: Tensor, labels: Tensor, thresholds: Tensor) -> Tensor:
     """PLOP: background takes the old model's prediction where that is sure, else it is ignored.
 
-    labels      int64 [B, H, W], 0 = background
     old_logits  float [B, O, H, W]
+    labels      int64 [B, H, W], 0 = background
     thresholds  float [O]: sure is an entropy below that of the predicted class
     returns     int64 [B, H, W]
     """
@@ -263,11 +287,10 @@ def pseudo_labels(labels: Tensor, old_logits: Tensor, thresholds: Tensor) -> Ten
 
 
 def sure_share(labels: Tensor, pseudo: Tensor) -> Tensor:
-    """PLOP: the part of each image's background that has got a pseudo-label [B]; none there: 1."""
+    """PLOP: the part of each image's background that has got a pseudo-label [B]; none there: 0."""
     background = labels == BACKGROUND
-    count = background.sum((1, 2))
-    sure = (background & (pseudo != IGNORE)).sum((1, 2))
-    return torch.where(count > 0, sure / count.clamp(min=1), 1.0)
+    sure = background & (pseudo != IGNORE)
+    return sure.sum((1, 2)) / (background.sum((1, 2)) + 1e-6)
 
 
 def adaptive_cross_entropy(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
@@ -283,37 +306,66 @@ def adaptive_cross_entropy(logits: Tensor, labels: Tensor, share: Tensor) -> Ten
     return ((logits.logsumexp(1) - own) * valid * share[:, None, None]).mean()
 
 
+def median(counts: Tensor) -> float:
+    """Of a histogram of 0 ... 1 with equal bins: the middle of the bin that holds it."""
+    half = counts.sum() / 2
+    return ((counts.cumsum(0) >= half).int().argmax().item() + 0.5) / len(counts)
+
+
+def published_median(counts: Tensor) -> float:
+    """The same as PLOP's code has it: the sum below a bin is one of indices, not of counts.
+
+    It is right in the first two bins. Behind them it is too low, too high, or infinite.
+    """
+    half, below = counts.sum() / 2, 0
+    for i, count in enumerate(counts):
+        if below <= half <= below + count:
+            break
+        below += i
+    return ((i + (half - below) / count) / len(counts)).item()
+
+
 @torch.no_grad()
-def median_entropies(run: common.Run, step: common.Step, old_model: nn.Module) -> Tensor:
+def find_thresholds(run: common.Run, step: common.Step, old_model: nn.Module) -> Tensor:
     """PLOP: the median entropy of the pixels of each predicted class, on the step's background.
 
-    float [O]; at least 0.001, a class that is never predicted too.
+    returns     float [O], on the scale of `entropy`. It is at least 0.001 on the scale of the
+                histogram, which in PLOP's code is the entropy divided by the logarithm of all
+                channels and by the number of the old ones. A class without a pixel has the least
     """
-    histogram = torch.zeros(step.first, BINS, dtype=torch.int64, device=run.device)
-    indices = run.images[step.index]
-    for images, labels in run.sweep(run.source.train, run.labels(step), indices):
-        old_logits, _ = old_model(images)
+    published = run.args.thresholds == "published"
+    bins = 100 if published else 1000
+    unit = step.first * math.log(step.channels) if published else 1.0
+    histogram = torch.zeros(step.first, bins, dtype=torch.int64, device=run.args.device)
+    view, indices = run.data.training(step)
+    one_epoch = max(1, len(indices) // run.args.batch)
+    keys = common.epoch_keys(indices, run.args.batch, view.seed, 0, one_epoch)
+    for images, labels in common.load_batches(view, keys, run.args):
+        logits = common.upsample(old_model(images)[0], labels.shape[1:])
         background = labels == BACKGROUND
-        bins = (entropy(old_logits)[background] * BINS).long().clamp(0, BINS - 1)
-        places = old_logits.argmax(1)[background] * BINS + bins
-        histogram += places.bincount(minlength=histogram.numel()).view_as(histogram)
-    half = histogram.sum(1, keepdim=True) / 2
-    medians = ((histogram.cumsum(1) >= half).int().argmax(1) + 0.5) / BINS
-    return medians.where(half[:, 0] > 0, torch.zeros_like(medians)).clamp(min=0.001)
+        place = (entropy(logits)[background] / unit * bins).long().clamp(max=bins - 1)
+        place += logits.argmax(1)[background] * bins
+        histogram += place.bincount(minlength=histogram.numel()).view_as(histogram)
+    find = published_median if published else median
+    found = [max(find(counts), 0.001) if counts.any() else 0.001 for counts in histogram.cpu()]
+    return unit * torch.tensor(found, device=run.args.device)
 
 
-def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int) -> Tensor:
+def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int, keep: bool = False) -> Tensor:
     """MiB: cross-entropy in which "background" means background or any old class.
 
     logits      float [B, C, H, W], background first
-    labels      int64 [B, H, W], 255 = ignored; ids of old classes, where shown, stay targets
+    labels      int64 [B, H, W], 255 = ignored
     old         number of old channels, background included; 1 gives plain cross-entropy
+    keep        labels of old classes, where they are shown, stay targets; without it they count
+                as background, as in the authors' code
     returns     scalar: mean over valid pixels, nats; no valid pixel: 0 with a gradient
     """
     background, total = logits[:, :old].logsumexp(1), logits.logsumexp(1)
     valid = labels != IGNORE
     own = logits.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
-    loss = total - torch.where(labels == BACKGROUND, background, own)
+    merged = labels == BACKGROUND if keep else labels < old
+    loss = total - torch.where(merged, background, own)
     return (loss * valid).sum() / valid.sum().clamp(min=1)
 
 
@@ -339,37 +391,26 @@ def initialise(model: common.DeepLabV3) -> None:
     new.bias.copy_(background.bias.expand_as(new.bias))
 
 
-def make_external(run: common.Run, step: common.Step, model: nn.Module) -> ExternalDistillation:
-    """The external term, frozen; under --attention trained, free in step 0, then from its file."""
+def make_external(run: common.Run, model: common.DeepLabV3) -> ExternalDistillation:
+    """The external term, for the maps that `model` gives."""
     with torch.no_grad():
-        probe = torch.zeros(1, 3, 64, 64, device=run.device)
-        maps = chosen(maps_of(model.eval()(probe)[1]), run.args.levels)
+        probe = torch.zeros(1, 3, 64, 64, device=run.args.device)
+        maps = levels_of(model.eval()(probe)[1], run.args.levels)
         model.train()
     external = ExternalDistillation([m.shape[1] for m in maps], seed=run.args.seed)
-    if run.args.attention == "trained" and step.index == 0:
-        return external.to(run.device)
-    if run.args.attention == "trained":
-        state = common.read_checkpoint(run.folder / "step_0.pt", "file")["model"]
-        own = {
-            k.removeprefix("external."): v for k, v in state.items() if k.startswith("external.")
-        }
-        if not own:
-            raise common.InputError("--attention trained: it learns in step 0, so without --step0")
-        external.load_state_dict(own)
-    return external.to(run.device).requires_grad_(False)
+    return external.to(run.args.device)
 
 
-def chosen(maps: list[Tensor], levels: list[int]) -> list[Tensor]:
-    return [maps[level - 1] for level in levels]
-
-
-def parameter_groups(model: common.DeepLabV3, lr: float, args: argparse.Namespace) -> list[dict]:
+def sgd(model: common.DeepLabV3, lr: float, args: argparse.Namespace) -> torch.optim.SGD:
     """One rate and weight decay for all; --head-lr raises what is not trunk."""
     head = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
-    return [
-        {"params": model.trunk.parameters(), "lr": lr, "weight_decay": WEIGHT_DECAY},
-        {"params": head, "lr": args.head_lr * lr, "weight_decay": WEIGHT_DECAY},
+    groups = [
+        {"params": model.trunk.parameters(), "lr": lr},
+        {"params": head, "lr": args.head_lr * lr},
     ]
+    return torch.optim.SGD(
+        groups, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY, fused=args.device != "cpu"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -379,62 +420,69 @@ def main(args: argparse.Namespace) -> None:
         raise common.InputError("--levels: the external term relates two levels or more")
     print("ICD, reconstructed from its abstract: no result of this run is the authors'")
     run = common.Run(args, common.most_likely, "")
+    trained = args.external and args.attention == "trained"
+    if trained and args.step0:
+        raise common.InputError("--attention trained: it learns in step 0, so without --step0")
     for step in run.steps():
         old_model, model = run.models(step)
         first = old_model is None
         model.train()
-        plop, train_attention = args.base == "plop" and not first, False
+        plop = args.base == "plop"
         if args.external:
-            external = make_external(run, step, model)
-            train_attention = first and args.attention == "trained"
-        if train_attention:
+            external = make_external(run, model)
+            external.requires_grad_(trained and first)
+        if trained:  # it learns in step 0 and is carried from step to step with the model
             model.external = external
-            model.auxiliary = nn.Conv2d(external.width, step.channels, 1).to(run.device)
+            model.auxiliary = nn.Conv2d(external.width, run.data.steps[0].channels, 1)
+            model.auxiliary.requires_grad_(first)
         if not first:
             initialise(model)
-        thresholds = median_entropies(run, step, old_model) if plop else None
+            thresholds = find_thresholds(run, step, old_model) if plop else None
         gamma = math.sqrt(step.channels / len(step.new))
-        groups = parameter_groups(model, common.per_step(args.lr, step), args)
-        net = run.start(step, model, groups)
-        for images, labels in run.batches():
-            logits, new = net(images, upsample=False)
-            old_logits, targets, losses = None, labels, {}
-            if train_attention or not first:
-                maps = chosen(maps_of(new), args.levels)
+        optimizer = sgd(model, common.per_step(args.lr, step), args)
+        net = run.parallel(model)
+        for images, labels in run.batches(step, model, optimizer):
+            logits, maps = net(images)
+            targets, share, losses = labels, torch.ones(len(labels), device=labels.device), {}
+            new = levels_of(maps, args.levels)
             if not first:
                 with torch.no_grad():
-                    old_logits, old = old_model(images, upsample=False)
-                    if plop:
-                        strips = run.strips(labels, old_logits)
-                        pseudo = [pseudo_labels(p.labels, p.logits, thresholds) for p in strips]
-                        targets, old_logits = torch.cat(pseudo, 1), None  # they are done with
-                        share = sure_share(labels, targets)
-                old_maps = chosen(maps_of(old), args.levels)
-            for part in run.strips(targets, logits, old_logits):
-                if plop:
-                    ce = adaptive_cross_entropy(part.logits, part.labels, share)
-                    dense = {"ce": part.all * ce}
-                else:
-                    ce = unbiased_cross_entropy(part.logits, part.labels, step.first)
-                    dense = {"ce": part.valid * ce}
-                if part.old_logits is not None:
-                    kd = unbiased_distillation(part.logits, part.old_logits)
-                    dense["kd"] = part.all * args.kd_weight * kd
-                run.add(dense)
-            if train_attention:
-                small = model.auxiliary(external.fuse(maps)[0])
-                auxiliary = F.interpolate(small, labels.shape[1:], mode="bilinear")
-                losses["auxiliary"] = 0.4 * unbiased_cross_entropy(auxiliary, labels, 1)
-            if not first and args.internal and args.statistics == "pod":
-                factors = [args.pod[level == 5] for level in args.levels]
-                losses["internal"] = gamma * local_pod(maps, old_maps, factors)
-            elif not first and args.internal:
-                distance = internal_distillation(maps, old_maps, args.statistics)
+                    old_logits, old_maps = old_model(images)
+                old = levels_of(old_maps, args.levels)
+            if plop and not first:
+                targets = common.in_strips(pseudo_labels, args.crop, old_logits, labels, thresholds)
+                share = sure_share(labels, targets)
+            if plop:
+                losses["ce"] = run.dense(adaptive_cross_entropy, logits, targets, share)
+            else:  # the mean over all pixels: that over the valid ones, times their share
+                valid = labels != IGNORE
+                ce = run.dense(
+                    unbiased_cross_entropy, logits, labels, step.first, True, valid=valid
+                )
+                losses["ce"] = valid.float().mean() * ce
+            if not plop and not first:
+                losses["kd"] = args.kd_weight * run.dense(unbiased_distillation, logits, old_logits)
+            if trained and first:
+                scores = model.auxiliary(external.fuse(new)[0])
+                valid = labels != IGNORE
+                losses["auxiliary"] = 0.4 * run.dense(
+                    unbiased_cross_entropy, scores, labels, 1, valid=valid
+                )
+            if args.internal and args.statistics == "pod" and not first:  # PLOP's
+                factors = [args.pod] * len(new) + [args.pod_logits]
+                losses["internal"] = pod(
+                    [*new, logits], [*old, old_logits], factors, step.channels, len(step.new)
+                )
+            elif args.internal and not first:
+                distance = internal_distillation(new, old, args.statistics)
                 losses["internal"] = gamma * args.internal_weight * distance
-            if not first and args.external:
-                losses["external"] = gamma * args.external_weight * external(maps, old_maps)
-            run.update(losses)
-        run.finish(model)
+            if args.external and not first:
+                losses["external"] = gamma * args.external_weight * external(new, old)
+            loss = run.log(losses)  # their sum
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        run.finish(step, model)
 
 
 def flags() -> argparse.ArgumentParser:
@@ -454,8 +502,13 @@ def flags() -> argparse.ArgumentParser:
     add("--attention", choices=("random", "trained"), default="random", help=text)
     add("--internal-weight", type=rate, help="(voc 10, ade 3, shapes 1)")
     add("--external-weight", type=rate, help="(voc 1, ade 0.3, shapes 1)")
-    text = "factors of Local POD, levels 1-4 and level 5 (0.01 0.0005: PLOP's code; shapes a tenth)"
-    add("--pod", type=rate, nargs=2, help=text)
+    text = "factor of Local POD on the levels (voc 0.01, ade 0.001: PLOP's code; shapes 0.001)"
+    add("--pod", type=rate, help=text)
+    text = "factor of Local POD on the logits (voc 0.0005, ade 0.00001: code; shapes 0.00005)"
+    add("--pod-logits", type=rate, help=text)
+    text = "plop: a class's threshold: as in PLOP's code, or the median entropy, as in its paper "
+    text += "(published)"
+    add("--thresholds", choices=("published", "median"), default="published", help=text)
     add("--kd-weight", type=rate, default=10.0, help="mib: weight of distillation (10: code)")
     text = "ASPP's, head's and classifiers' rate is this times --lr (1: code)"
     add("--head-lr", type=rate, default=1.0, help=text)

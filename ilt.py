@@ -71,7 +71,7 @@ import argparse
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import common
 from common import IGNORE
@@ -107,6 +107,7 @@ RECIPE = {
         "backbone": "resnet101",
         "weights": "imagenet",
         "output_stride": 16,
+        "dilate_first": True,
         "dropout": 0.0,
         "bn_momentum": 0.1,
         "warmup": 0.0,
@@ -122,6 +123,7 @@ RECIPE["shapes"] = RECIPE["voc"] | {
     "backbone": "small",
     "weights": "none",
     "output_stride": 8,
+    "dilate_first": False,
 }
 WEIGHT_DECAY = 1e-4  # of all parameters: MiB's code
 
@@ -209,13 +211,16 @@ def freeze_encoder(model: common.DeepLabV3) -> None:
     model.trunk.eval().requires_grad_(False)
 
 
-def parameter_groups(model: common.DeepLabV3, lr: float, args: argparse.Namespace) -> list[dict]:
+def sgd(model: common.DeepLabV3, lr: float, args: argparse.Namespace) -> torch.optim.SGD:
     """One rate and weight decay for all; --head-lr raises what is not trunk."""
-    head = nn.ModuleList([model.aspp, model.head, model.classifiers]).parameters()
-    return [
-        {"params": model.trunk.parameters(), "lr": lr, "weight_decay": WEIGHT_DECAY},
-        {"params": head, "lr": args.head_lr * lr, "weight_decay": WEIGHT_DECAY},
+    head = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
+    groups = [
+        {"params": model.trunk.parameters(), "lr": lr},
+        {"params": head, "lr": args.head_lr * lr},
     ]
+    return torch.optim.SGD(
+        groups, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY, fused=args.device != "cpu"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -228,6 +233,7 @@ def main(args: argparse.Namespace) -> None:
     preset = PRESETS[args.preset].items()
     filled = ", ".join(f"{k} {v}" for k, v in preset if getattr(args, k) == v)
     print(f"preset {args.preset}: {filled}")
+    weights = args.output_kd, args.encoder_kd, args.decoder_kd, args.similarity_kd
     run = common.Run(args, common.most_likely, "ILT" if args.preset == "baseline" else "")
     for step in run.steps():
         old_model, model = run.models(step)
@@ -235,41 +241,40 @@ def main(args: argparse.Namespace) -> None:
         model.train()
         if args.freeze_encoder and not first:
             freeze_encoder(model)
-        groups = parameter_groups(model, common.per_step(args.lr, step), args)
-        net = run.start(step, model, groups)
-        weights = (args.output_kd, args.encoder_kd, args.decoder_kd, args.similarity_kd)
-        teach = not first and any(weights)
-        for images, labels in run.batches():
-            logits, new = net(images, upsample=False)
-            losses = {}
-            if teach:
+        optimizer = sgd(model, common.per_step(args.lr, step), args)
+        net = run.parallel(model)
+        for images, labels in run.batches(step, model, optimizer):
+            logits, maps = net(images)
+            valid = labels != IGNORE
+            losses = {"ce": run.dense(cross_entropy, logits, labels, valid=valid)}
+            if not first and any(weights):
                 with torch.no_grad():
-                    old_logits, old = old_model(images, upsample=False)
-            for part in run.strips(labels, logits):
-                run.add({"ce": part.valid * cross_entropy(part.logits, part.labels)})
-            if teach and args.output_kd:
-                old_only = torch.where(labels < step.first, labels, IGNORE)
-                kept = old_only if args.output_pixels == "old" else labels
-                for part in run.strips(kept, logits, old_logits):
-                    counted = part.valid if args.student == "all" else part.all
-                    loss = output_distillation(
-                        part.logits, part.old_logits, part.labels, args.temperature, args.student
-                    )
-                    run.add({"output": counted * args.output_kd * loss})
-            if teach:
-                encoder, old_encoder = (maps["stages"][-1].float() for maps in (new, old))
-                if args.encoder_kd:
-                    loss = encoder_distillation(encoder, old_encoder)
-                    losses["encoder"] = args.encoder_kd * loss
-                if args.decoder_kd:
-                    stages = ([m.float() for m in maps["branches"][:4]] for maps in (new, old))
-                    losses["decoder"] = args.decoder_kd * decoder_distillation(*stages)
-                if args.similarity_kd:
-                    loss = similarity_distillation(encoder, old_encoder, args.similarity_form)
-                    losses["similarity"] = args.similarity_kd * loss
-            # Eq. 1: their sum
-            run.update(losses)
-        run.finish(model)
+                    old_logits, old_maps = old_model(images)
+                encoder, old_encoder = maps["stages"][-1].float(), old_maps["stages"][-1].float()
+            if not first and args.output_kd:
+                pixels = labels
+                if args.output_pixels == "old":
+                    pixels = torch.where(labels < step.first, labels, IGNORE)
+                valid = pixels != IGNORE if args.student == "all" else None
+                how = args.temperature, args.student
+                losses["output"] = args.output_kd * run.dense(
+                    output_distillation, logits, old_logits, pixels, *how, valid=valid
+                )
+            if not first and args.encoder_kd:
+                losses["encoder"] = args.encoder_kd * encoder_distillation(encoder, old_encoder)
+            if not first and args.decoder_kd:
+                stages, old_stages = (
+                    [m.float() for m in x["branches"][:4]] for x in (maps, old_maps)
+                )
+                losses["decoder"] = args.decoder_kd * decoder_distillation(stages, old_stages)
+            if not first and args.similarity_kd:
+                distance = similarity_distillation(encoder, old_encoder, args.similarity_form)
+                losses["similarity"] = args.similarity_kd * distance
+            loss = run.log(losses)  # Eq. 1: their sum
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        run.finish(step, model)
 
 
 class Preset(argparse.Action):

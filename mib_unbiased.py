@@ -111,6 +111,7 @@ RECIPE = {
         "backbone": "resnet101",
         "weights": "imagenet",
         "output_stride": 16,
+        "dilate_first": True,
         "dropout": 0.0,
         "bn_momentum": 0.1,
         "warmup": 0.0,
@@ -127,6 +128,7 @@ RECIPE["shapes"] = RECIPE["voc"] | {
     "backbone": "small",
     "weights": "none",
     "output_stride": 8,
+    "dilate_first": False,
 }
 WEIGHT_DECAY = 1e-4  # of all parameters: MiB's code
 
@@ -137,17 +139,16 @@ def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int, keep: bool 
     logits      float [B, C, H, W], C = old + new, background first
     labels      int64 [B, H, W], 255 = ignored
     old         number of old channels, background included; 1 gives plain cross-entropy
-    keep        labels of old classes stay targets (replay, oracle, pseudo-labels); without it
-                they count as background, as in the authors' code
+    keep        labels of old classes, where they are shown, stay targets; without it they count
+                as background, as in the authors' code
     returns     scalar: mean over valid pixels, nats; no valid pixel: 0 with a gradient
     """
-    z_old, z_new = logits.split([old, logits.shape[1] - old], 1)
-    background = z_old.logsumexp(1)  # log of the mass of background and all old classes
-    total = background if z_new.shape[1] == 0 else torch.logaddexp(background, z_new.logsumexp(1))
+    # the log of the mass of background and all old classes, and of all classes
+    background, total = logits[:, :old].logsumexp(1), logits.logsumexp(1)
     valid = labels != IGNORE
     own = logits.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
     merged = labels == BACKGROUND if keep else labels < old
-    loss = total - torch.where(merged, background, own)  # - log pi(x, y)
+    loss = total - torch.where(merged, background, own)
     return (loss * valid).sum() / valid.sum().clamp(min=1)
 
 
@@ -168,10 +169,10 @@ def unbiased_distillation(
     returns     scalar: mean over *all* pixels, divided by O (as in the authors' code), nats
     """
     old, p = old_logits.shape[1], (alpha * old_logits).softmax(1)
-    z_old, z_new = logits[:, 1:old], torch.cat([logits[:, :1], logits[:, old:]], 1)
-    background = z_new.logsumexp(1)  # log of the mass of background and all new classes
-    total = background if old == 1 else torch.logaddexp(background, z_old.logsumexp(1))
-    loss = total - p[:, 0] * background - (p[:, 1:] * z_old).sum(1)  # the p sum to 1
+    # the log of the mass of background and all new classes
+    background = torch.cat([logits[:, :1], logits[:, old:]], 1).logsumexp(1)
+    kept = p[:, 0] * background + (p[:, 1:] * logits[:, 1:old]).sum(1)
+    loss = logits.logsumexp(1) - kept  # the p sum to 1
     return (loss if mask is None else loss * mask).mean() / old
 
 
@@ -207,11 +208,21 @@ def binary_distillation(logits: Tensor, old_logits: Tensor, alpha: float = 1.0) 
     return old * F.binary_cross_entropy_with_logits(logits[:, :old], p)
 
 
+CROSS_ENTROPY = {
+    "plain": cross_entropy,
+    "unbiased": unbiased_cross_entropy,
+    "binary": binary_cross_entropy,
+}
 DISTIL = {
     "plain": distillation,
     "unbiased": unbiased_distillation,
     "binary": binary_distillation,
 }
+
+
+def pseudo_labels(old_logits: Tensor, labels: Tensor) -> Tensor:
+    """--labels pseudo: background takes the old model's prediction. int64 [B, H, W]."""
+    return torch.where(labels == BACKGROUND, old_logits.argmax(1), labels)
 
 
 @torch.no_grad()
@@ -223,35 +234,34 @@ def initialise(model: common.DeepLabV3) -> None:
     new.bias.copy_(background.bias.expand_as(new.bias))
 
 
-def step_labels(run: common.Run, step: common.Step) -> np.ndarray:
-    """uint8 [256]: the data set's ids -> this step's labels, after --labels."""
-    args = run.args
-    table = run.labels(step, "sequential" if args.labels == "oracle" else args.setting)
-    if args.labels in ("ignore-old", "ignore-background"):
-        table[[run.order[c - 1] for c in step.old]] = IGNORE
-    if args.labels == "ignore-background" and step.index:
+def step_labels(data: common.Data, step: common.Step, kind: str) -> np.ndarray:
+    """The label table of a step, uint8 [256], under --labels `kind`."""
+    table = data.labels(step, "sequential" if kind == "oracle" else None)
+    if kind in ("ignore-old", "ignore-background"):
+        table[[data.order[c - 1] for c in step.old]] = IGNORE
+    if kind == "ignore-background" and step.index:
         table[table == BACKGROUND] = IGNORE
     return table
 
 
-def replay(run: common.Run, step: common.Step) -> list[tuple[int, np.ndarray]]:
-    """`--replay N`: images of earlier steps, each with the labels that it had in its step.
+def replay(data: common.Data, step: common.Step, count: int) -> list[tuple[int, np.ndarray]]:
+    """--replay: `count` images of earlier steps, each with the label table of its step.
 
     Drawn class by class in turn, from each class's step, in an order that never changes: what is
     kept in a later step was kept in all steps before.
     """
     kept: dict[tuple[int, int], np.ndarray] = {}
     queues = []
-    for before in run.plan[: step.index]:
-        table = run.labels(before)
+    for before in data.steps[: step.index]:
+        table = data.labels(before)
         for c in before.new:
-            showing = [i for i in run.images[before.index] if c in run.sets[i]]
-            order = np.random.default_rng((run.args.seed, c)).permutation(showing).tolist()
+            showing = [i for i in data.images[before.index] if c in data.classes[i]]
+            order = np.random.default_rng((data.args.seed, c)).permutation(showing).tolist()
             queues.append([((i, before.index), table) for i in order])
-    for rank in range(max(map(len, queues), default=0)):
+    for place in range(max(map(len, queues), default=0)):
         for queue in queues:
-            if rank < len(queue) and len(kept) < run.args.replay:
-                kept.setdefault(*queue[rank])
+            if place < len(queue) and len(kept) < count:
+                kept.setdefault(*queue[place])
     return [(i, table) for (i, _), table in kept.items()]
 
 
@@ -261,24 +271,26 @@ def importance(run: common.Run, step: common.Step, old_model: nn.Module) -> dict
     The squared gradient of cross-entropy, summed over the mini-batches of each earlier step, taken
     at that step's end. The sums are kept in ewc_K.pt: the next step needs them.
     """
+    args, data = run.args, run.data
     file, earlier = (run.folder / f"ewc_{k}.pt" for k in (step.index, step.index - 1))
     if not file.exists():
-        before = run.plan[step.index - 1]
-        labels = run.labels(before)
+        before = data.steps[step.index - 1]
+        view = common.View(data.train, data.labels(before), args.crop)
         sums = {k: torch.zeros_like(p) for k, p in old_model.named_parameters()}
         if before.index:
             for k, value in common.read_checkpoint(earlier, "file").items():
-                sums[k] += value.to(run.device)
+                sums[k] += value.to(args.device)
         old_model.requires_grad_(True)
-        for images, shown in run.sweep(run.source.train, labels, run.images[before.index]):
-            loss = cross_entropy(old_model(images)[0], shown)
+        for images, labels in common.load_in_order(view, data.images[before.index], args):
+            logits = common.upsample(old_model(images)[0], labels.shape[1:])
+            loss = cross_entropy(logits, labels)
             gradients = torch.autograd.grad(loss, [*old_model.parameters()])
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 total += gradient**2
         old_model.requires_grad_(False)
         common.write_atomically(file, lambda target: torch.save(sums, target))
     sums = common.read_checkpoint(file, "file")
-    return {k: (v / v.max().clamp(min=1e-30)).to(run.device) for k, v in sums.items()}
+    return {k: (v / v.max().clamp(min=1e-30)).to(args.device) for k, v in sums.items()}
 
 
 def ewc_penalty(model: nn.Module, old_model: nn.Module, importance: dict[str, Tensor]) -> Tensor:
@@ -288,13 +300,16 @@ def ewc_penalty(model: nn.Module, old_model: nn.Module, importance: dict[str, Te
     return sum(term.sum() for term in terms)
 
 
-def parameter_groups(model: common.DeepLabV3, lr: float, args: argparse.Namespace) -> list[dict]:
-    """One rate and weight decay for all (MiB); --head-lr raises what is not trunk."""
-    head = nn.ModuleList([model.aspp, model.head, model.classifiers]).parameters()
-    return [
-        {"params": model.trunk.parameters(), "lr": lr, "weight_decay": WEIGHT_DECAY},
-        {"params": head, "lr": args.head_lr * lr, "weight_decay": WEIGHT_DECAY},
+def sgd(model: common.DeepLabV3, lr: float, args: argparse.Namespace) -> torch.optim.SGD:
+    """One rate and weight decay for all; --head-lr raises what is not trunk."""
+    head = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
+    groups = [
+        {"params": model.trunk.parameters(), "lr": lr},
+        {"params": head, "lr": args.head_lr * lr},
     ]
+    return torch.optim.SGD(
+        groups, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY, fused=args.device != "cpu"
+    )
 
 
 def distillation_weight(args: argparse.Namespace) -> float:
@@ -331,35 +346,32 @@ def main(args: argparse.Namespace) -> None:
         model.train()
         if args.init == "background" and not first:
             initialise(model)
-        memory = replay(run, step) if args.replay else []
         weights = importance(run, step, old_model) if args.ewc and not first else None
-        groups = parameter_groups(model, common.per_step(args.lr, step), args)
-        net = run.start(step, model, groups, step_labels(run, step), memory)
-        teach = not first and (args.kd != "none" or args.labels == "pseudo")
-        old = step.first if args.ce == "unbiased" else 1  # in step 0 both are 1
-        for images, labels in run.batches():
-            logits, _ = net(images, upsample=False)
-            old_logits, losses = None, {}
-            if teach:
+        memory = replay(run.data, step, args.replay)
+        table = step_labels(run.data, step, args.labels)
+        pseudo = args.labels == "pseudo" and not first
+        optimizer = sgd(model, common.per_step(args.lr, step), args)
+        net = run.parallel(model)
+        for images, labels in run.batches(step, model, optimizer, table, memory):
+            logits, _ = net(images)
+            if not first and (args.kd != "none" or pseudo):
                 with torch.no_grad():
-                    old_logits, _ = old_model(images, upsample=False)
-            for part in run.strips(labels, logits, old_logits):
-                labels = part.labels
-                if teach and args.labels == "pseudo":
-                    labels = torch.where(labels == BACKGROUND, part.old_logits.argmax(1), labels)
-                if args.ce == "binary":
-                    ce = binary_cross_entropy(part.logits, labels)
-                else:
-                    ce = unbiased_cross_entropy(part.logits, labels, old, keep=True)
-                dense = {"ce": part.valid * ce}
-                if teach and args.kd != "none":
-                    kd = DISTIL[args.kd](part.logits, part.old_logits, args.alpha)
-                    dense["kd"] = part.all * args.kd_weight * kd
-                run.add(dense)
+                    old_logits, _ = old_model(images)
+            if pseudo:
+                labels = common.in_strips(pseudo_labels, args.crop, old_logits, labels)
+            valid, ce = labels != IGNORE, CROSS_ENTROPY[args.ce]
+            target = (labels, step.first, True) if args.ce == "unbiased" else (labels,)
+            losses = {"ce": run.dense(ce, logits, *target, valid=valid)}
+            if args.kd != "none" and not first:
+                kd = DISTIL[args.kd]
+                losses["kd"] = args.kd_weight * run.dense(kd, logits, old_logits, args.alpha)
             if args.ewc and not first:
                 losses["ewc"] = args.ewc * ewc_penalty(model, old_model, weights)
-            run.update(losses)
-        run.finish(model)
+            loss = run.log(losses)  # their sum
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        run.finish(step, model)
 
 
 # ----------------------------------------------------- the analysis: what was forgotten, and where
@@ -381,16 +393,24 @@ class Side(nn.ModuleList):
 
 
 class Pair(NamedTuple):
-    """A run, and its models after step 0 and after its last step. "Old" are step 0's classes."""
+    """The models of a run after step 0 and after its last step. "Old" are step 0's classes."""
 
-    run: common.Run
-    first: common.DeepLabV3
-    last: common.DeepLabV3
-    step: common.Step
+    folder: Path
+    data: common.Data  # data.args: the run's flags
+    models: dict[int, common.DeepLabV3]  # of each finished step, frozen
+    step: common.Step  # the last one
+
+    @property
+    def first(self) -> common.DeepLabV3:
+        return self.models[0]
+
+    @property
+    def last(self) -> common.DeepLabV3:
+        return self.models[self.step.index]
 
     @property
     def base(self) -> int:
-        return self.run.plan[0].last
+        return self.data.steps[0].last
 
 
 def accumulate(sums: dict, key: object, value: Tensor) -> None:
@@ -406,19 +426,23 @@ def open_pair(folder: str, args: argparse.Namespace) -> Pair:
             f"--analyse {folder}: no run there (its config.json cannot be read); expected a folder "
             "such as runs/mib_unbiased-shapes-15-1-overlapped-s0"
         ) from None
-    flags = vars(args) | flags | {"device": args.device, "precision": "fp32"}
+    flags = vars(args) | flags | {"device": args.device, "precision": "fp32", "compile": False}
     if args.data != str(common.HERE / "data"):
         flags["data"] = args.data
-    run = common.Run(argparse.Namespace(**flags), common.most_likely, "")
-    run.folder = Path(folder)
-    run.open_data()
-    steps = [s for s in run.plan if (run.folder / f"step_{s.index}.pt").exists()]
-    if len(steps) < 2 or steps[0].index:
+    flags, models = argparse.Namespace(**flags), {}
+    data = common.Data(flags)
+    for step in data.steps:
+        path = Path(folder) / f"step_{step.index}.pt"
+        if path.exists():
+            model = common.build_model(flags, [len(s.new) for s in data.steps[: step.index + 1]])
+            common.load_weights(model, common.read_checkpoint(path, "file"), path)
+            models[step.index] = model.eval().requires_grad_(False)
+    if len(models) < 2 or 0 not in models:
         raise common.InputError(
             f"--analyse {folder}: needs step_0.pt and that of a later step, there is "
-            + (" and ".join(f"step_{s.index}.pt" for s in steps) or "neither")
+            + (" and ".join(f"step_{k}.pt" for k in models) or "neither")
         )
-    return Pair(run, run.load(steps[0]), run.load(steps[-1]), steps[-1])
+    return Pair(Path(folder), data, models, data.steps[max(models)])
 
 
 def parts(model: common.DeepLabV3) -> list[nn.Module]:
@@ -445,22 +469,19 @@ def maps_of(network: Sequence[nn.Module], images: Tensor) -> list[Tensor]:
     return [*itertools.accumulate(network[:-1], lambda x, part: part(x), initial=images)][1:]
 
 
-def upsample(run: common.Run, small: Tensor) -> Tensor:
+def scores_of(logits: Tensor, args: argparse.Namespace) -> Tensor:
     """Logits [B, C, h, w] -> scores [B, C, H, W]; the channel of the largest is the prediction.
 
     With a sigmoid per class (DKD) it is background where no logit is positive: its score is 0.
     """
-    if run.args.head == "sigmoid":
-        small = torch.cat([torch.zeros_like(small[:, :1]), small[:, 1:]], 1)
-    return F.interpolate(small, (run.args.crop,) * 2, mode="bilinear", align_corners=False)
+    if args.head == "sigmoid":
+        logits = torch.cat([torch.zeros_like(logits[:, :1]), logits[:, 1:]], 1)
+    return common.upsample(logits, (args.crop, args.crop))
 
 
 def test_batches(pair: Pair) -> Iterator[tuple[Tensor, Tensor]]:
     """The test images of the run's last step, with the labels of its table."""
-    run = pair.run
-    images = common.test_images(run.test_sets, pair.step)
-    labels = common.test_labels(run.order, pair.step, run.args.ignore)
-    return run.sweep(run.source.test, labels, images)
+    return common.load_in_order(*pair.data.testing(pair.step), pair.data.args)
 
 
 def old_iou(confusion: Tensor, base: int) -> float:
@@ -501,11 +522,11 @@ def counterfactuals(scores: Tensor, labels: Tensor, base: int) -> dict[str, Tens
 
 def old_pixels(pair: Pair) -> dict[str, dict[str, float]]:
     """R1 of each step: destinations in percent, and the old IoU of each counterfactual."""
-    run, result = pair.run, {}
-    for step in run.plan[: pair.step.index + 1]:
-        network, tally = parts(run.load(step)), {}
+    result = {}
+    for index, model in pair.models.items():
+        step, tally = pair.data.steps[index], {}
         for images, labels in test_batches(pair):
-            scores = upsample(run, through(network, images))
+            scores = scores_of(model(images)[0], pair.data.args)
             for name, predicted in counterfactuals(scores, labels, pair.base).items():
                 found = common.confusion_matrix(labels, predicted, step.channels)
                 accumulate(tally, name, found)
@@ -555,12 +576,12 @@ def pick(maps: Tensor, images: int, pixels: int, rng: torch.Generator) -> Tensor
     return (torch.rand((b, h, w), generator=rng) * images * h * w < pixels).to(maps.device)
 
 
-def fit_stitches(run: common.Run, networks: dict[str, list]) -> dict[tuple, list[Callable]]:
+def fit_stitches(data: common.Data, networks: dict[str, list]) -> dict[tuple, list[Callable]]:
     """R3: least-squares stitching layers of FITTED at the seven depths, on images of step 0."""
     rng, sums = torch.Generator().manual_seed(0), {}
-    chosen = np.random.default_rng(0).permutation(run.images[0])[:FIT_IMAGES].tolist()
-    labels = run.labels(run.plan[0])
-    for images, _ in run.sweep(run.source.train, labels, chosen):
+    chosen = np.random.default_rng(0).permutation(data.images[0])[:FIT_IMAGES].tolist()
+    view = common.View(data.train, data.labels(data.steps[0]), data.args.crop)
+    for images, _ in common.load_in_order(view, chosen, data.args):
         maps = {name: maps_of(network, images) for name, network in networks.items()}
         for depth in range(len(DEPTHS)):
             picked = pick(maps["first"][depth], len(chosen), FIT_PIXELS, rng)
@@ -581,23 +602,24 @@ def recombined(pair: Pair) -> tuple[dict, dict]:
     returns     stitching: old IoU in percent of the first model's, per depth
                 layers: drift of each part, old and new IoU with parts reset to the first model's
     """
-    run, base, channels = pair.run, pair.base, pair.step.channels
+    data, base, channels = pair.data, pair.base, pair.step.channels
     torch.manual_seed(0)
-    models = {"first": pair.first, "last": pair.last, "untrained": run.build(run.plan[0]).eval()}
+    untrained = common.build_model(data.args, [len(data.steps[0].new)]).eval()
+    models = {"first": pair.first, "last": pair.last, "untrained": untrained}
     networks = {name: parts(model) for name, model in models.items()}
-    stitches = fit_stitches(run, networks)
+    stitches = fit_stitches(data, networks)
     first, last, tally = networks["first"], networks["last"], {}
     extended = Side([*first[-1], *last[-1][len(first[-1]) :]])  # and the classifiers learnt later
     backs = {"first": [*first[:-1], extended], "last": last}
     for images, labels in test_batches(pair):
 
-        def add(name: tuple, small: Tensor, labels: Tensor = labels) -> None:
-            scores = upsample(run, small)
+        def add(name: tuple, logits: Tensor, labels: Tensor = labels) -> None:
+            scores = scores_of(logits, data.args)
             for among, part in (("old", scores[:, : base + 1]), ("all", scores)):
                 found = common.confusion_matrix(labels, part.argmax(1), channels)
                 accumulate(tally, (*name, among), found)
 
-        add(("model", "first"), pair.first(images)[1]["logits"])
+        add(("model", "first"), pair.first(images)[0])
         maps = {name: maps_of(network, images) for name, network in networks.items()}
         for depth, (way, affine) in itertools.product(range(len(DEPTHS)), stitches.items()):
             front, back = maps[way[0]][depth], backs[way[1]][depth + 1 :]
@@ -652,8 +674,8 @@ def similarity(pair: Pair) -> dict[str, dict[str, list[float]]]:
 
     Mean and standard error of DRAWS disjoint draws of pixels.
     """
-    run, base, rng, sums = pair.run, pair.base, torch.Generator().manual_seed(0), {}
-    count = len(common.test_images(run.test_sets, pair.step))
+    base, rng, sums = pair.base, torch.Generator().manual_seed(0), {}
+    count = len(pair.data.testing(pair.step)[1])
     first, last = parts(pair.first), parts(pair.last)
     for images, labels in test_batches(pair):
         for depth, (x, y) in enumerate(
@@ -691,15 +713,15 @@ def classifier_bias(pair: Pair) -> dict:
 
     The offset is taken from the scores of background and the new classes alike.
     """
-    run, base, channels = pair.run, pair.base, pair.step.channels
+    data, base, channels = pair.data, pair.base, pair.step.channels
     norms = pair.last.weight().norm(dim=1)
     biases = torch.cat([c.bias for c in pair.last.classifiers])
     shift = biases[base + 1 :].mean() - biases[1 : base + 1].mean()
     ratio = norms[1 : base + 1].mean() / norms[base + 1 :].mean()
-    sums = torch.zeros(channels, channels, dtype=torch.float64, device=run.device)
+    sums = torch.zeros(channels, channels, dtype=torch.float64, device=data.args.device)
     mass, pixels, tally = torch.zeros_like(sums[0]), torch.zeros_like(sums[0]), {}
     for images, labels in test_batches(pair):
-        scores = upsample(run, pair.last(images)[1]["logits"])
+        scores = scores_of(pair.last(images)[0], data.args)
         old, new = scores[:, : base + 1], scores[:, base + 1 :]
         aligned = (new - biases[base + 1 :, None, None]) * ratio + biases[base + 1 :, None, None]
         for name, rest in (("as it is", new), ("bias", new - shift), ("norm", aligned)):
@@ -723,7 +745,7 @@ def classifier_bias(pair: Pair) -> dict:
         "classes": {
             name: {"norm": n, "bias": b, "score on own pixels": o, "score on background": g}
             for name, n, b, o, g in zip(
-                run.names,
+                data.names,
                 *(v.tolist() for v in (norms, biases, means.diag(), means[BACKGROUND])),
                 strict=False,
             )
@@ -745,7 +767,7 @@ def classifier_bias(pair: Pair) -> dict:
 
 def statistics(pair: Pair) -> dict[str, float]:
     """R9: old IoU with BatchNorm's running statistics of another model, or of other images."""
-    run, base, tally = pair.run, pair.base, {}
+    data, tally = pair.data, {}
     swapped, measured = copy.deepcopy(pair.last), copy.deepcopy(pair.first)
     running = {k: v for k, v in pair.first.state_dict().items() if ".running_" in k}
     swapped.load_state_dict(running, strict=False)
@@ -754,7 +776,8 @@ def statistics(pair: Pair) -> dict[str, float]:
             module.reset_running_stats()
             module.momentum = None  # the mean over all batches
             module.train()
-    for images, _ in run.sweep(run.source.train, run.labels(run.plan[1]), run.images[1]):
+    view = common.View(data.train, data.labels(data.steps[1]), data.args.crop)
+    for images, _ in common.load_in_order(view, data.images[1], data.args):
         if len(images) > 1:
             measured(images)
     models = {
@@ -765,10 +788,10 @@ def statistics(pair: Pair) -> dict[str, float]:
     }
     for images, labels in test_batches(pair):
         for name, model in models.items():
-            predicted = upsample(run, model(images)[1]["logits"]).argmax(1)
+            predicted = scores_of(model(images)[0], data.args).argmax(1)
             found = common.confusion_matrix(labels, predicted, pair.step.channels)
             accumulate(tally, name, found)
-    return {name: old_iou(confusion, base) for name, confusion in tally.items()}
+    return {name: old_iou(confusion, pair.base) for name, confusion in tally.items()}
 
 
 def retrain(pair: Pair, depth: str, args: argparse.Namespace) -> dict[str, dict]:
@@ -777,28 +800,33 @@ def retrain(pair: Pair, depth: str, args: argparse.Namespace) -> dict[str, dict]
     It uses the images and labels of all steps: an analysis, not a method. The fronts: the first
     model's, the last one's, and that of the untrained network (with --weights, as step 0 began).
     """
-    frozen, result = DEPTHS.index(depth) + 1, {}
-    everything = common.Step(0, 1, pair.step.last)
+    frozen, result, everything = DEPTHS.index(depth) + 1, {}, common.Step(0, 1, pair.step.last)
     for name, source in (("first", pair.first), ("last", pair.last), ("untrained", None)):
-        run = copy.copy(pair.run)
-        run.args = argparse.Namespace(**vars(run.args))
-        run.folder = pair.run.folder / f"retrain-{depth}-{name}"
+        own = argparse.Namespace(**vars(pair.data.args) | {"seed": pair.data.args.seed})
+        run = common.Run(own, common.most_likely, "")
+        run.folder = pair.folder / f"retrain-{depth}-{name}"
         run.folder.mkdir(exist_ok=True)
-        run.images = [common.images_of_step(run.sets, everything, "overlapped")]
-        torch.manual_seed(run.args.seed)
-        model = run.build(pair.step).train()
+        run.data.steps = [everything]
+        run.data.images = [common.images_of_step(run.data.classes, everything, "overlapped")]
+        torch.manual_seed(own.seed)
+        classes = [len(s.new) for s in pair.data.steps[: pair.step.index + 1]]
+        model = common.build_model(own, classes).train()
         if source is None:
-            run.log(common.load_trunk(model, run.args.backbone, run.args.weights))
+            run.say(common.load_trunk(model, own.backbone, own.weights))
         for i, part in enumerate(parts(model)[:frozen]):
             if source is not None:
                 part.load_state_dict(parts(source)[i].state_dict())
             part.eval().requires_grad_(False)
-        groups = parameter_groups(model, run.args.lr[0], args)
-        net = run.start(everything, model, groups)
-        for images, labels in run.batches():
-            run.update({"ce": cross_entropy(net(images)[0], labels)})
-        run.save()
-        result[name] = run.evaluate(everything, model.eval(), {})["with_background"]
+        optimizer = sgd(model, own.lr[0], args)
+        for images, labels in run.batches(everything, model, optimizer):
+            logits, _ = model(images)
+            valid = labels != IGNORE
+            loss = run.log({"ce": run.dense(cross_entropy, logits, labels, valid=valid)})
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        found = common.evaluate(model.eval(), common.most_likely, run.data, everything)
+        result[name] = found["with_background"]
     return result
 
 
@@ -819,9 +847,9 @@ def analyse(args: argparse.Namespace) -> None:
 
         stitching, layers = found(recombined)
         result = {
-            "old classes": [pair.run.names[c] for c in pair.run.plan[0].new],
+            "old classes": [pair.data.names[c] for c in pair.data.steps[0].new],
             "steps": [0, pair.step.index],
-            "test images": len(common.test_images(pair.run.test_sets, pair.step)),
+            "test images": len(pair.data.testing(pair.step)[1]),
             "old pixels": found(old_pixels),
             "stitching": stitching,
             "cka": found(similarity),

@@ -80,6 +80,7 @@ RECIPE = {
         "backbone": "resnet101",
         "weights": "imagenet",
         "output_stride": 16,
+        "dilate_first": True,
         "dropout": 0.0,
         "bn_momentum": 0.1,
         "warmup": 0.0,
@@ -98,11 +99,11 @@ RECIPE["shapes"] = RECIPE["voc"] | {
     "backbone": "small",
     "weights": "none",
     "output_stride": 8,
+    "dilate_first": False,
     "pod": 0.001,  # of 0.01, 0.001, 0.0001 the best on held-out training images
     "pod_logits": 0.00005,
 }
 WEIGHT_DECAY = 1e-4  # of all parameters: MiB's code
-BINS = 1000  # of the histograms from which the medians are read
 
 
 def contrastive_distillation(
@@ -173,18 +174,21 @@ def contrastive_distillation(
     return total
 
 
-def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int) -> Tensor:
+def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int, keep: bool = False) -> Tensor:
     """MiB: cross-entropy in which "background" means background or any old class.
 
     logits      float [B, C, H, W], background first
-    labels      int64 [B, H, W], 255 = ignored; ids of old classes, where shown, stay targets
+    labels      int64 [B, H, W], 255 = ignored
     old         number of old channels, background included; 1 gives plain cross-entropy
+    keep        labels of old classes, where they are shown, stay targets; without it they count
+                as background, as in the authors' code
     returns     scalar: mean over valid pixels, nats; no valid pixel: 0 with a gradient
     """
     background, total = logits[:, :old].logsumexp(1), logits.logsumexp(1)
     valid = labels != IGNORE
     own = logits.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
-    loss = total - torch.where(labels == BACKGROUND, background, own)
+    merged = labels == BACKGROUND if keep else labels < old
+    loss = total - torch.where(merged, background, own)
     return (loss * valid).sum() / valid.sum().clamp(min=1)
 
 
@@ -220,22 +224,23 @@ def local_pod(features: Tensor, old_features: Tensor) -> Tensor:
     return torch.linalg.vector_norm(means(features) - means(old_features), dim=1).mean()
 
 
-def pod(maps: list[Tensor], old_maps: list[Tensor], factors: tuple, classes: tuple) -> Tensor:
-    """PLOP: Local POD of the four stages and of the logits, weighed by how few classes are new.
+def pod(
+    maps: list[Tensor], old_maps: list[Tensor], factors: list[float], channels: int, new: int
+) -> Tensor:
+    """PLOP: Local POD of several maps, weighed by how few of the classes are new.
 
-    maps, old_maps  four maps [B, D, h, w] and the logits [B, C, h, w]; new classes' logits are
-                    added to background's
-    factors         of the maps, of the logits
-    classes         number of all channels so far, number of new classes
-    returns         scalar: mean over the five
+    maps, old_maps  [B, D, h, w] each, the last one the logits [B, C, h, w], in which the new
+                    classes are added to background
+    factors         of the maps
+    channels, new   of the model; classes that are new in this step
+    returns         scalar: mean over the maps
     """
-    *stages, small = maps
+    *features, logits = maps
     old = old_maps[-1].shape[1]
-    background = small[:, :1] + small[:, old:].sum(1, keepdim=True)
-    merged = [*stages, torch.cat([background, small[:, 1:old]], 1)]
-    weights = [factors[0]] * len(stages) + [factors[1]]
-    terms = [w * local_pod(x, y) for w, x, y in zip(weights, merged, old_maps, strict=True)]
-    return math.sqrt(classes[0] / classes[1]) * torch.stack(terms).mean()
+    background = logits[:, :1] + logits[:, old:].sum(1, keepdim=True)
+    merged = [*features, torch.cat([background, logits[:, 1:old]], 1)]
+    terms = [f * local_pod(x, y) for f, x, y in zip(factors, merged, old_maps, strict=True)]
+    return math.sqrt(channels / new) * torch.stack(terms).mean()
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -243,11 +248,11 @@ def entropy(logits: Tensor) -> Tensor:
     return torch.special.entr(logits.softmax(1)).sum(1) / math.log(max(2, logits.shape[1]))
 
 
-def pseudo_labels(labels: Tensor, old_logits: Tensor, thresholds: Tensor) -> Tensor:
+def pseudo_labels(old_logits: Tensor, labels: Tensor, thresholds: Tensor) -> Tensor:
     """PLOP: background takes the old model's prediction where that is sure, else it is ignored.
 
-    labels      int64 [B, H, W], 0 = background
     old_logits  float [B, O, H, W]
+    labels      int64 [B, H, W], 0 = background
     thresholds  float [O]: sure is an entropy below that of the predicted class
     returns     int64 [B, H, W]
     """
@@ -257,11 +262,10 @@ def pseudo_labels(labels: Tensor, old_logits: Tensor, thresholds: Tensor) -> Ten
 
 
 def sure_share(labels: Tensor, pseudo: Tensor) -> Tensor:
-    """PLOP: the part of each image's background that has got a pseudo-label [B]; none there: 1."""
+    """PLOP: the part of each image's background that has got a pseudo-label [B]; none there: 0."""
     background = labels == BACKGROUND
-    count = background.sum((1, 2))
-    sure = (background & (pseudo != IGNORE)).sum((1, 2))
-    return torch.where(count > 0, sure / count.clamp(min=1), 1.0)
+    sure = background & (pseudo != IGNORE)
+    return sure.sum((1, 2)) / (background.sum((1, 2)) + 1e-6)
 
 
 def adaptive_cross_entropy(logits: Tensor, labels: Tensor, share: Tensor) -> Tensor:
@@ -277,23 +281,49 @@ def adaptive_cross_entropy(logits: Tensor, labels: Tensor, share: Tensor) -> Ten
     return ((logits.logsumexp(1) - own) * valid * share[:, None, None]).mean()
 
 
+def median(counts: Tensor) -> float:
+    """Of a histogram of 0 ... 1 with equal bins: the middle of the bin that holds it."""
+    half = counts.sum() / 2
+    return ((counts.cumsum(0) >= half).int().argmax().item() + 0.5) / len(counts)
+
+
+def published_median(counts: Tensor) -> float:
+    """The same as PLOP's code has it: the sum below a bin is one of indices, not of counts.
+
+    It is right in the first two bins. Behind them it is too low, too high, or infinite.
+    """
+    half, below = counts.sum() / 2, 0
+    for i, count in enumerate(counts):
+        if below <= half <= below + count:
+            break
+        below += i
+    return ((i + (half - below) / count) / len(counts)).item()
+
+
 @torch.no_grad()
-def median_entropies(run: common.Run, step: common.Step, old_model: torch.nn.Module) -> Tensor:
+def find_thresholds(run: common.Run, step: common.Step, old_model: torch.nn.Module) -> Tensor:
     """PLOP: the median entropy of the pixels of each predicted class, on the step's background.
 
-    float [O]; at least 0.001, a class that is never predicted too.
+    returns     float [O], on the scale of `entropy`. It is at least 0.001 on the scale of the
+                histogram, which in PLOP's code is the entropy divided by the logarithm of all
+                channels and by the number of the old ones. A class without a pixel has the least
     """
-    histogram = torch.zeros(step.first, BINS, dtype=torch.int64, device=run.device)
-    indices = run.images[step.index]
-    for images, labels in run.sweep(run.source.train, run.labels(step), indices):
-        old_logits, _ = old_model(images)
+    published = run.args.thresholds == "published"
+    bins = 100 if published else 1000
+    unit = step.first * math.log(step.channels) if published else 1.0
+    histogram = torch.zeros(step.first, bins, dtype=torch.int64, device=run.args.device)
+    view, indices = run.data.training(step)
+    one_epoch = max(1, len(indices) // run.args.batch)
+    keys = common.epoch_keys(indices, run.args.batch, view.seed, 0, one_epoch)
+    for images, labels in common.load_batches(view, keys, run.args):
+        logits = common.upsample(old_model(images)[0], labels.shape[1:])
         background = labels == BACKGROUND
-        bins = (entropy(old_logits)[background] * BINS).long().clamp(0, BINS - 1)
-        places = old_logits.argmax(1)[background] * BINS + bins
-        histogram += places.bincount(minlength=histogram.numel()).view_as(histogram)
-    half = histogram.sum(1, keepdim=True) / 2
-    medians = ((histogram.cumsum(1) >= half).int().argmax(1) + 0.5) / BINS
-    return medians.where(half[:, 0] > 0, torch.zeros_like(medians)).clamp(min=0.001)
+        place = (entropy(logits)[background] / unit * bins).long().clamp(max=bins - 1)
+        place += logits.argmax(1)[background] * bins
+        histogram += place.bincount(minlength=histogram.numel()).view_as(histogram)
+    find = published_median if published else median
+    found = [max(find(counts), 0.001) if counts.any() else 0.001 for counts in histogram.cpu()]
+    return unit * torch.tensor(found, device=run.args.device)
 
 
 @torch.no_grad()
@@ -305,13 +335,16 @@ def initialise(model: common.DeepLabV3) -> None:
     new.bias.copy_(background.bias.expand_as(new.bias))
 
 
-def parameter_groups(model: common.DeepLabV3, lr: float, args: argparse.Namespace) -> list[dict]:
+def sgd(model: common.DeepLabV3, lr: float, args: argparse.Namespace) -> torch.optim.SGD:
     """One rate and weight decay for all; --head-lr raises what is not trunk."""
-    head = torch.nn.ModuleList([model.aspp, model.head, model.classifiers]).parameters()
-    return [
-        {"params": model.trunk.parameters(), "lr": lr, "weight_decay": WEIGHT_DECAY},
-        {"params": head, "lr": args.head_lr * lr, "weight_decay": WEIGHT_DECAY},
+    head = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
+    groups = [
+        {"params": model.trunk.parameters(), "lr": lr},
+        {"params": head, "lr": args.head_lr * lr},
     ]
+    return torch.optim.SGD(
+        groups, momentum=0.9, nesterov=True, weight_decay=WEIGHT_DECAY, fused=args.device != "cpu"
+    )
 
 
 def main(args: argparse.Namespace) -> None:
@@ -321,53 +354,54 @@ def main(args: argparse.Namespace) -> None:
         old_model, model = run.models(step)
         first = old_model is None
         model.train()
-        plop = args.base == "plop" and not first
+        plop = args.base == "plop"
         if not first:
             initialise(model)
-        thresholds = median_entropies(run, step, old_model) if plop else None
-        groups = parameter_groups(model, common.per_step(args.lr, step), args)
-        net = run.start(step, model, groups)
-        for images, labels in run.batches():
-            logits, new = net(images, upsample=False)
-            old_logits, targets, losses = None, labels, {}
+            thresholds = find_thresholds(run, step, old_model) if plop else None
+        optimizer = sgd(model, common.per_step(args.lr, step), args)
+        net = run.parallel(model)
+        for images, labels in run.batches(step, model, optimizer):
+            logits, maps = net(images)
+            targets, share, losses = labels, torch.ones(len(labels), device=labels.device), {}
             if not first:
                 with torch.no_grad():
-                    old_logits, old = old_model(images, upsample=False)
-                    if plop:
-                        strips = run.strips(labels, old_logits)
-                        pseudo = [pseudo_labels(p.labels, p.logits, thresholds) for p in strips]
-                        targets, old_logits = torch.cat(pseudo, 1), None  # they are done with
-                        share = sure_share(labels, targets)
-            for part in run.strips(targets, logits, old_logits):
-                if plop:
-                    ce = adaptive_cross_entropy(part.logits, part.labels, share)
-                    dense = {"ce": part.all * ce}
-                else:
-                    ce = unbiased_cross_entropy(part.logits, part.labels, step.first)
-                    dense = {"ce": part.valid * ce}
-                if part.old_logits is not None:
-                    kd = unbiased_distillation(part.logits, part.old_logits)
-                    dense["kd"] = part.all * args.kd_weight * kd
-                run.add(dense)
+                    old_logits, old_maps = old_model(images)
+            if plop and not first:
+                targets = common.in_strips(pseudo_labels, args.crop, old_logits, labels, thresholds)
+                share = sure_share(labels, targets)
             if plop:
-                maps, old_maps = (
-                    [m.float() for m in (*f["before_relu"], f["logits"])] for f in (new, old)
+                losses["ce"] = run.dense(adaptive_cross_entropy, logits, targets, share)
+            else:  # the mean over all pixels: that over the valid ones, times their share
+                valid = labels != IGNORE
+                ce = run.dense(
+                    unbiased_cross_entropy, logits, labels, step.first, True, valid=valid
                 )
-                factors, classes = (args.pod, args.pod_logits), (step.channels, len(step.new))
-                losses["pod"] = pod(maps, old_maps, factors, classes)
-            if not first and args.contrast:
+                losses["ce"] = valid.float().mean() * ce
+            if not plop and not first:
+                losses["kd"] = args.kd_weight * run.dense(unbiased_distillation, logits, old_logits)
+            if plop and not first:
+                six, old_six = (
+                    [m.float() for m in (*x["before_relu"], x["head"], z)]
+                    for x, z in ((maps, logits), (old_maps, old_logits))
+                )
+                factors = [args.pod] * 5 + [args.pod_logits]
+                losses["pod"] = pod(six, old_six, factors, step.channels, len(step.new))
+            if args.contrast and not first:
                 losses["contrast"] = args.contrast * contrastive_distillation(
-                    new["head"].float(),
-                    old["head"].float(),
+                    maps["head"].float(),
+                    old_maps["head"].float(),
                     labels,
-                    old["logits"],
+                    old_logits,
                     args.temperature,
                     args.uncertainty,
                     args.old_features,
                     args.published_shift,
                 )
-            run.update(losses)
-        run.finish(model)
+            loss = run.log(losses)  # their sum
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        run.finish(step, model)
 
 
 def flags() -> argparse.ArgumentParser:
@@ -384,6 +418,9 @@ def flags() -> argparse.ArgumentParser:
     add("--old-features", action=switch, default=True, help="among the candidates (on: paper)")
     text = "largest similarity taken from the positives alone, as in the code (off)"
     add("--published-shift", action=switch, default=False, help=text)
+    text = "plop: a class's threshold: as in PLOP's code, or the median entropy, as in its paper "
+    text += "(published)"
+    add("--thresholds", choices=("published", "median"), default="published", help=text)
     add("--kd-weight", type=rate, default=10.0, help="mib: weight of distillation (10: code)")
     text = "plop: factor of Local POD on the stages (voc 0.01, ade 0.001: code; shapes 0.001)"
     add("--pod", type=rate, help=text)

@@ -1,0 +1,1 @@
+"""The data sets' tables, and small modules around a run: prepare, predict, compare, pictures."""

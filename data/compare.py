@@ -1,0 +1,251 @@
+"""Finished runs as a Markdown table: mean and spread over the seeds, beside the published numbers.
+
+    python -m data.compare runs/* --curves curves.png
+    python -m data.compare mine=runs/mine-voc-15-1-overlapped-s0 runs/dkd-voc-15-1-overlapped-s*
+
+Runs that differ only in the seed share a row. What is no finished run is named on stderr and left
+out; the exit status is then 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import common
+from common import InputError, averaging_convention
+from data.predict import method_script
+
+AVERAGES = ("base", "new", "all")
+# flags that the table does not list: they have a column, or change nothing in the method
+UNLISTED = {"task", "dataset", "setting", "seed", "data", "out", "step0", "save_every", "device"}
+UNLISTED |= {"precision", "workers", "method", "head", "dropout", "bn_momentum", "warmup"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = flags().parse_args(argv)
+    runs, status = [], 0
+    for given in args.runs:
+        try:
+            runs.append(read_run(given))
+        except InputError as error:
+            print(f"compare: {error}", file=sys.stderr)
+            status = 2
+    if not runs:
+        return status
+    rows = table_rows(runs)
+    print(markdown(rows))
+    if args.curves:
+        try:
+            draw_curves(rows, args.curves)
+        except InputError as error:
+            print(f"compare: {error}", file=sys.stderr)
+            return 2
+        print(f"\ncurves in {args.curves}")
+    return status
+
+
+def read_run(given: str) -> dict:
+    """A finished run.
+
+    given       its folder, or NAME=folder to name its row
+    returns     "columns": what the table says of it; "flags": those that differ from the script's
+                recipe, as typed; "iou": per step, float64 [C], percent, NaN for a class that no
+                test image shows; "minutes": per step, NaN where they are not known
+    InputError  no run there, one that is not finished, or one of a script that is not here
+    """
+    named = "=" in given and not Path(given).is_dir()
+    name, folder = given.split("=", 1) if named else ("", given)
+    file = Path(folder) / "metrics.json"
+    try:
+        config = json.loads(file.with_name("config.json").read_text())
+        steps, used = json.loads(file.read_text())["steps"], config["flags"]
+        script = method_script(used["method"])
+        recipe = vars(script.flags().parse_args([])) | {"dataset": used["dataset"]}
+        common.fill_in(recipe)
+        missing = len(common.task_steps(used["task"], len(config["classes"]) - 1)) - len(steps)
+        differ = {k: v for k, v in used.items() if k in recipe and v not in (None, recipe[k])}
+        own_data = f" {Path(used['data']).name}" if used["dataset"] == "folder" else ""
+        run = {
+            "name": name or ("joint" if used["task"] == "offline" else config["published"]),
+            "published": config["published"],
+            "script": used["method"],
+            "dataset": used["dataset"],
+            "task": used["task"],
+            "setting": used["setting"],
+            "seed": used["seed"],
+            "flags": [as_typed(k, v) for k, v in differ.items() if k not in UNLISTED],
+            "iou": [numbers(step["iou"].values()) for step in steps],
+            "minutes": numbers(step["timing"].get("minutes") for step in steps),
+            "columns": {
+                "dataset": used["dataset"] + own_data,
+                "task": used["task"],
+                "setting": used["setting"],
+                "trunk": f"{used['backbone']}, crop {used['crop']}",
+                "tested on": f"{steps[-1]['test_images']} images",
+                "device": f"{config['versions']['device']}, {used['precision']}",
+                "torch": config["versions"]["torch"],
+                "date": time.strftime("%Y-%m-%d", time.gmtime(file.stat().st_mtime)),
+            },
+        }
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"{folder}: no results of a run ({error})") from None
+    if missing:
+        raise InputError(f"{folder}: not finished, {missing} steps are missing")
+    return run
+
+
+def numbers(values: Iterable[float | None]) -> Tensor:
+    """float64 [n]; NaN for None, which is how metrics.json holds it."""
+    return torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
+
+
+def as_typed(key: str, value: object) -> str:
+    """A flag as on the command line; of a path only the last part."""
+    flag, values = "--" + key.replace("_", "-"), value if isinstance(value, list) else [value]
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    texts = (f"{v:g}" if isinstance(v, float) else Path(str(v)).name for v in values)
+    return " ".join([flag, *texts])
+
+
+def best_published(run: dict, method: str, convention: str = "") -> dict | None:
+    """Of several rows one of this convention, a mean of several runs, with all numbers."""
+    found = common.published(run["dataset"], run["task"], run["setting"], method)
+    return max(
+        found,
+        key=lambda r: (averaging_convention(r) == convention, bool(r["std"]), bool(r["old"])),
+        default=None,
+    )
+
+
+def table_rows(runs: Sequence[dict]) -> list[dict]:
+    """A row per group of runs that differ in the seed only.
+
+    A joint run (--task offline) has one step, in which all classes are learned: its classes are
+    divided, averaged and compared as those of the first other task on its data set.
+
+    returns     "runs", "values" [seeds, steps, 3]: base, new, all in percent; "published": a row of
+                data/published.csv or None; "averages": what base and all cover
+    """
+    groups: dict[str, list[dict]] = {}
+    for run in runs:
+        same = [run[k] for k in ("name", "script", "dataset", "task", "setting", "flags")]
+        groups.setdefault(str([*same, run["columns"]["tested on"]]), []).append(run)
+    rows = []
+    for group in groups.values():
+        run = like = group[0]
+        if run["task"] == "offline":
+            others = (r for r in runs if r["dataset"] == run["dataset"] and r["task"] != "offline")
+            like = next(others, run)
+        best = best_published(like, like["published"])
+        averages = averaging_convention(best) if best else "with background"
+        if like is not run:
+            best = best_published(like, "Joint", averages)
+        first = like["task"].split("-")[0]
+        base = len(run["iou"][0]) - 1 if first == "offline" else int(first)
+        background = averages == "with background"
+        values = [[common.averages(iou, base, background) for iou in r["iou"]] for r in group]
+        values = np.array([[[step[k] for k in AVERAGES] for step in steps] for steps in values])
+        name = run["name"] or run["script"]
+        row = {"name": name, "runs": group, "values": values, "published": best}
+        rows.append(row | {"averages": averages})
+    return rows
+
+
+def markdown(rows: Sequence[dict]) -> str:
+    """The table. What is the same in every row stands once, above it."""
+    several = len(rows) > 1
+    all_flags = [row["runs"][0]["flags"] for row in rows]
+    shared = [flag for flag in all_flags[0] if several and all(flag in f for f in all_flags)]
+    lines = [{"method": row["name"]} | cells(row, shared) for row in rows]
+    candidates = [k for k in lines[0] if several and k not in ("method", *AVERAGES, "seeds")]
+    same = {k: lines[0][k] for k in candidates if len({line[k] for line in lines}) == 1}
+    above = ["mIoU in %", *(f"{key} {value}" for key, value in same.items() if value != "-")]
+    if shared:
+        above.append(f"flags `{' '.join(shared)}`")
+    columns = [key for key in lines[0] if key not in same]
+    table = [columns, ["---"] * len(columns), *([line[k] for k in columns] for line in lines)]
+    return "; ".join(above) + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def cells(row: dict, shared: Sequence[str]) -> dict[str, str]:
+    """A row's cells by column; its command leaves out the `shared` flags."""
+    runs, text = row["runs"], {}
+    for kind, values in zip(AVERAGES, row["values"][:, -1].T, strict=True):
+        spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
+        text[kind] = "-" if np.isnan(values).any() else f"{values.mean():.1f}{spread}"
+    text["seeds"] = ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
+    text["published"] = "-"
+    if best := row["published"]:
+        means = " / ".join(best[k] or "-" for k in ("old", "new", "all"))
+        text["published"] = f"{means} ({averaging_convention(best)}; {best['source']})"
+    text["averages"] = row["averages"]
+    for key in runs[0]["columns"]:
+        text[key] = ", ".join(sorted({run["columns"][key] for run in runs}))
+    minutes = torch.stack([run["minutes"] for run in runs]).nanmean(0)
+    without = " without step 0" if minutes[0].isnan() else ""  # --step0 took it from another run
+    text["minutes"] = f"{minutes.nansum():.3g}{without}"
+    own = [flag for flag in runs[0]["flags"] if flag not in shared]
+    text["command"] = f"`{' '.join([runs[0]['script'] + '.py', *own])}`"
+    return text
+
+
+def draw_curves(rows: Sequence[dict], file: str) -> None:
+    """mIoU over the steps: a line per row, and a band of one standard deviation over the seeds.
+
+    InputError: no matplotlib, or a file that cannot be written
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--curves needs one more package: pip install matplotlib") from None
+    figure = Figure((11, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3, sharex=True, sharey=True)
+    titles = ("base classes", "new classes", "all seen so far")
+    for k, (axes, title) in enumerate(zip(panels, titles, strict=True)):
+        axes.set(title=title, xlabel="step", ylabel="" if k else "mIoU, %")
+        for row in rows:
+            values = row["values"][:, :, k]
+            mean, spread = values.mean(0), values.std(0, ddof=len(values) > 1)
+            if len(mean) == 1:  # a joint run has one step: a level to compare with
+                axes.axhline(mean[0], color="0.4", ls="--", label=row["name"])
+                continue
+            (line,) = axes.plot(mean, marker="o", label=row["name"])
+            low, high = mean - spread, mean + spread
+            axes.fill_between(range(len(mean)), low, high, color=line.get_color(), alpha=0.2, lw=0)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(ylim=(0, None))
+    handles = axes.get_legend_handles_labels()[0]
+    figure.legend(handles=handles, loc="outside right center", frameon=False)
+    try:
+        figure.savefig(file, dpi=110)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--curves {file}: cannot be written ({error})") from None
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    text = "folders of finished runs; NAME=RUN names a row"
+    parser.add_argument("runs", metavar="RUN", nargs="+", help=text)
+    text = "also draw mIoU over the steps, a line per row; needs matplotlib (no curves)"
+    parser.add_argument("--curves", metavar="FILE.png", help=text)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

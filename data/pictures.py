@@ -1,0 +1,132 @@
+"""Pictures for people: colours, overlays, sheets of predictions, confusion matrices."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+BACKGROUND, IGNORE = 0, 255
+Colour = tuple[int, int, int]  # RGB, 0 ... 255
+
+
+def palette(count: int) -> list[Colour]:
+    """`count` distinct colours: hues a golden section apart, light and dark in turn; no black."""
+    colours = []
+    for i in range(count):
+        saturation, value = (1, 0.55)[i // 2 % 2], (1, 0.65)[i % 2]
+        rgb = colorsys.hsv_to_rgb(0.618 * i, saturation, value)
+        colours.append(tuple(int(255 * c) for c in rgb))
+    return colours
+
+
+def overlay(picture: Image.Image, labels: np.ndarray, colours: Sequence[Colour]) -> Image.Image:
+    """The picture in grey under the colours of its classes. Background stays grey.
+
+    labels      integers [H, W], class ids; 255 = ignored, shown white
+    colours     of the class ids 0, 1, ...
+    """
+    table = np.full((256, 3), 255, np.uint8)
+    table[: len(colours)] = colours
+    grey = np.asarray(picture.convert("L"))[..., None]
+    mixed = np.where(labels[..., None] == BACKGROUND, grey, 0.35 * grey + 0.65 * table[labels])
+    return Image.fromarray(mixed.astype(np.uint8))
+
+
+def entries(
+    shown: Iterable[int], names: Sequence[str], colours: Sequence[Colour]
+) -> list[tuple[str, Colour]]:
+    """A legend's names and colours, as the colours look over medium grey; without background.
+
+    shown               class ids, in any order; 255 is named "void"
+    names, colours      of the class ids 0, 1, ...
+    """
+    patch = Image.new("L", (1, 1), 128)
+    return [
+        (
+            "void" if c == IGNORE else names[c],
+            overlay(patch, np.full((1, 1), c), colours).getpixel((0, 0)),
+        )
+        for c in sorted({*shown} - {BACKGROUND})
+    ]
+
+
+def legend(pairs: Sequence[tuple[str, Colour]], width: int, size: int) -> Image.Image:
+    """(name, colour) pairs in columns as wide as the longest name.
+
+    width       pixels; the legend is wider only if a single column needs more
+    size        pixels of the text
+    """
+    font = ImageFont.load_default(size)
+    column = max((int(font.getlength(name)) for name, _ in pairs), default=0) + 3 * size
+    per_line, line = max(1, width // column), size * 3 // 2
+    lines = -(-len(pairs) // per_line)
+    page = Image.new("RGB", (max(width, column), lines * line), "white")
+    pen = ImageDraw.Draw(page)
+    for i, (name, colour) in enumerate(pairs):
+        x, y = size // 2 + i % per_line * column, (i // per_line + 0.5) * line
+        pen.rectangle((x, y - size // 2, x + size, y + size // 2), fill=colour, outline="black")
+        pen.text((x + 1.5 * size, y), name, "black", font, "lm")
+    return page
+
+
+def sheet(
+    rows: Sequence[Sequence[Image.Image]],
+    titles: Sequence[str],
+    pairs: Sequence[tuple[str, Colour]],
+) -> Image.Image:
+    """Rows of pictures under the titles of the columns, and a legend; pictures become squares."""
+    side, gap = 192, 6
+    width = gap + len(titles) * (side + gap)
+    size = max(14, width // 58)  # readable when the sheet is shown 800 pixels wide
+    names, top = legend(pairs, width, size), 2 * size
+    height = top + len(rows) * (side + gap) + names.height + gap
+    page = Image.new("RGB", (names.width, height), "white")
+    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size)
+    for x, title in enumerate(titles):
+        pen.text((gap + x * (side + gap) + side // 2, top // 2), title, "black", font, "mm")
+    for y, row in enumerate(rows):
+        for x, picture in enumerate(row):
+            corner = (gap + x * (side + gap), top + y * (side + gap))
+            page.paste(picture.resize((side, side)), corner)
+    page.paste(names, (0, page.height - names.height - gap // 2))
+    return page
+
+
+def draw_confusion(confusion: np.ndarray, names: Sequence[str], base: int) -> Image.Image:
+    """The confusion matrix in percent of each row; red lines after class `base`.
+
+    confusion   integers [C, C], pixels; rows = truth. A class without a pixel gets a grey row
+    names       of the class ids 0, 1, ...
+    """
+    count, gap = len(confusion), 8
+    cell, size = (34, 15) if count <= 40 else (15, 12)  # pixels
+    font = ImageFont.load_default(size)
+    title = "rows: truth", "columns: predicted", "% of the row"
+    margin = int(max(font.getlength(text) for text in (*title, *names[:count]))) + 2 * gap
+    end = margin + count * cell
+    page = Image.new("RGB", (end + gap, end + gap), "white")
+    column_names = Image.new("RGB", (margin, count * cell), "white")  # written upright, then turned
+    pen, upright = ImageDraw.Draw(page), ImageDraw.Draw(column_names)
+    for y, row in enumerate(confusion):
+        top = margin + y * cell
+        pen.text((margin - gap, top + cell // 2), names[y], "black", font, "rm")
+        upright.text((gap, y * cell + cell // 2), names[y], "black", font, "lm")
+        for x, share in enumerate(row / max(1, row.sum())):
+            left = margin + x * cell
+            shade = tuple(round(255 - (255 - c) * share**0.5) for c in (20, 60, 130))
+            box = (left, top, left + cell - 2, top + cell - 2)
+            pen.rectangle(box, fill=shade if row.sum() else (225, 225, 225))
+            if cell > 30 and share >= 0.005:
+                middle = (left + cell // 2, top + cell // 2)
+                ink = "white" if share > 0.3 else "black"
+                pen.text(middle, f"{100 * share:.0f}", ink, font, "mm")
+    page.paste(column_names.transpose(Image.Transpose.ROTATE_90), (margin, 0))
+    if base + 1 < count:
+        line = margin + (base + 1) * cell - 1
+        pen.line((line, 0, line, end), "red", 2)
+        pen.line((0, line, end, line), "red", 2)
+    pen.multiline_text((gap, gap), "\n".join(title), "black", font)
+    return page

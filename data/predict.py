@@ -1,0 +1,207 @@
+"""Segments pictures with a finished run, or evaluates the run's steps again.
+
+    python -m data.predict runs/dkd-voc-15-1-overlapped-s0 photo.jpg photos/
+    python -m data.predict runs/dkd-voc-15-1-overlapped-s0 --eval
+
+Pictures may have any size. The newest finished step segments them, and runs/NAME/pictures/ gets an
+overlay with a legend and a map of class numbers for each. --eval prints the table of the run on its
+own test images and writes nothing. The network's flags come from the checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import nn
+
+import common
+from common import HERE, InputError
+from data import pictures
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = flags()
+    args = parser.parse_intermixed_args(argv)  # flags may stand between the pictures
+    if args.eval == bool(args.pictures):
+        parser.error("expected pictures or folders to segment, or --eval")
+    try:
+        args.device = common.resolve_device(args.device)
+        (evaluate_again if args.eval else segment_pictures)(args)
+    except (InputError, OSError) as error:
+        # a worker process hands the message over inside a traceback
+        message = str(error).rsplit("InputError: ", 1)[-1].strip()
+        print(f"predict: {message}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def finished_steps(run: Path) -> dict[int, Path]:
+    """Step index -> step_K.pt, in order. InputError: there is none."""
+    found = {}
+    for path in run.glob("step_*.pt"):
+        if match := re.fullmatch(r"step_([0-9]+)\.pt", path.name):
+            found[int(match[1])] = path
+    if not found:
+        raise InputError(f"{run}: no step_0.pt in this folder; train first")
+    return dict(sorted(found.items()))
+
+
+def method_script(name: str) -> ModuleType:
+    """Imports a method's script from the project's folder; never the copy in a run's folder.
+
+    InputError: the project has no such script
+    """
+    if f"{name}.py" not in os.listdir(HERE):
+        raise InputError(f"there is no script {name}.py in {HERE}")
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def prediction_rule(run: Path) -> tuple[Callable, str]:
+    """The rule logits [B, C, H, W] -> class ids [B, H, W], and the method's name in papers."""
+    file = run / "config.json"
+    try:
+        config = json.loads(file.read_text())
+        method, published = config["flags"]["method"], config["published"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{file}: not the configuration of a run ({error})") from None
+    script = method_script(method)
+    return getattr(script, "predict", common.most_likely), published
+
+
+def load(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict, argparse.Namespace]:
+    """The model of a step_K.pt, the file's content, and its flags with --device and --data."""
+    saved = common.read_checkpoint(path, "file")
+    try:
+        settings = argparse.Namespace(**saved["flags"])
+        if args.device == "cpu" and settings.device != "cpu":
+            settings.precision = "fp32"  # bfloat16 is slow on a CPU
+        settings.device, settings.compile = args.device, False
+        settings.data = args.data or settings.data
+        model = common.build_model(settings, [len(names) for names in saved["classes"]])
+    except (LookupError, ValueError, TypeError, AttributeError):
+        raise InputError(f"{path}: not a step_K.pt of a run") from None
+    common.load_weights(model, saved, path)
+    return model.eval(), saved, settings
+
+
+def class_names(saved: dict) -> list[str]:
+    """Of the class ids that a step_K.pt knows: background, then the classes in their order."""
+    return ["background", *(name for step in saved["classes"] for name in step)]
+
+
+def evaluate_again(args: argparse.Namespace) -> None:
+    """--eval: prints the table of all steps; writes nothing."""
+    run, data, results = Path(args.run), None, []
+    steps = finished_steps(run)
+    predict, published = prediction_rule(run)
+    for index, path in steps.items():
+        model, saved, settings = load(path, args)
+        data = data or common.Data(settings)
+        names = class_names(saved)
+        if names != data.names[: len(names)]:
+            raise InputError(
+                f"{path}: learned other classes than those of the data in {data.where}"
+            )
+        results.append(common.evaluate(model, predict, data, data.steps[index]))
+        print(f"step {index}: {common.summary(results[-1])}", flush=True)
+    print(common.results_table(results, data.steps, settings, published))
+
+
+@torch.no_grad()
+def segment_pictures(args: argparse.Namespace) -> None:
+    """Per picture: overlay and class map in the run's pictures/, and a line with the shares."""
+    run, used = Path(args.run), set()
+    newest = [*finished_steps(run).values()][-1]
+    paths = [path for given in args.pictures for path in pictures_in(given)]
+    predict, _ = prediction_rule(run)
+    model, saved, settings = load(newest, args)
+    names = class_names(saved)
+    colours = saved.get("colours") or [(0, 0, 0), *pictures.palette(len(names) - 1)]
+    colours = [tuple(colour) for colour in colours]
+    (run / "pictures").mkdir(exist_ok=True)
+    for path in paths:
+        picture = ImageOps.exif_transpose(common.read_picture(path))  # upright, as viewers show it
+        size = [round(side * settings.crop / min(picture.size)) for side in picture.size]
+        pixels = torch.from_numpy(np.array(picture.resize(size, Image.Resampling.BILINEAR)))
+        classes = Image.fromarray(common.segment(model, predict, pixels, settings.device))
+        classes = classes.resize(picture.size, Image.Resampling.NEAREST)
+        page = with_legend(picture, classes, names, colours)
+        name = "-".join(filter(None, (path.parent.name, path.stem)))
+        while name in used:  # photos/x.jpg and photos/x.png
+            name += "_2"
+        used.add(name)
+        target = run / "pictures" / name
+        page.save(f"{target}_overlay.png")
+        classes.putpalette(sum(colours, ()))
+        classes.save(f"{target}_classes.png")
+
+        counts = np.bincount(np.asarray(classes).ravel(), minlength=len(names))
+        shares = sorted(zip(100 * counts / counts.sum(), names, strict=True), reverse=True)
+        found = ", ".join(f"{name} {share:.1f} %" for share, name in shares if share)
+        print(f"{path}: {found}; see {target}_overlay.png and _classes.png", flush=True)
+
+
+def pictures_in(given: str) -> list[Path]:
+    """The pictures in a folder and the folders in it; a file stands for itself.
+
+    InputError: no such file or folder, or a folder without a picture
+    """
+    if not Path(given).exists():
+        raise InputError(f"{given}: no such picture or folder")
+    if not Path(given).is_dir():
+        return [Path(given)]
+    endings = common.PICTURES
+    found = [path for path in Path(given).rglob("*") if path.suffix.lower() in endings]
+    if not found:
+        raise InputError(f"{given}: no picture in this folder ({' '.join(endings)})")
+    return sorted(found)
+
+
+def with_legend(
+    picture: Image.Image, classes: Image.Image, names: list[str], colours: list[tuple]
+) -> Image.Image:
+    """The overlay of a picture and its class ids; under it the legend of the classes found."""
+    ids = np.asarray(classes)
+    entries = pictures.entries(np.unique(ids).tolist(), names, colours)
+    legend = pictures.legend(entries, picture.width, max(14, picture.width // 50))
+    page = Image.new("RGB", (legend.width, picture.height + legend.height), "white")
+    page.paste(pictures.overlay(picture, ids, colours))
+    page.paste(legend, (0, picture.height))
+    return page
+
+
+def flags() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.predict",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("run", metavar="RUN", help="folder of a run, such as runs/dkd-voc-15-1-overlapped-s0")
+    add("pictures", metavar="PICTURE", nargs="*", help="pictures to segment, or folders of them")
+    text = "evaluate every step_K.pt on the run's test images instead (off)"
+    add("--eval", action="store_true", help=text)
+    text = "with --eval: where the run's data set lies now (where it lay in the run)"
+    add("--data", metavar="DIR", help=text)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cpu, cuda, cuda:1 (cuda where there is one)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
