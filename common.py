@@ -16,9 +16,7 @@ from __future__ import annotations
 import argparse
 import csv
 import functools
-import hashlib
 import itertools
-import json
 import math
 import os
 import platform
@@ -30,10 +28,8 @@ import sys
 import time
 import warnings
 import weakref
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +44,21 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
 
 from data import pictures, shapes
+from data.files import (
+    IGNORE,
+    CorruptFile,
+    InputError,
+    classes_in_image,
+    read_checkpoint,
+    read_json,
+    read_lines,
+    read_mask,
+    read_picture,
+    read_table,
+    write_atomically,
+    write_json,
+)
+from data.tables import average_of_steps, results_table, summary, without_nan
 
 try:
     import fcntl
@@ -55,20 +66,11 @@ except ImportError:
     fcntl = None  # Windows: nothing keeps two processes out of one folder there
 
 BACKGROUND = 0
-IGNORE = 255
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0 ... 1
 STD = (0.229, 0.224, 0.225)
 HERE = Path(__file__).resolve().parent
 STRIP = (2**20, 2**26)  # numbers at a time in full-size maps: what the CPU's cache holds; on cuda
 LOG_EVERY = 10  # iterations per row of train.csv: the losses are read from the device once in these
-
-
-class InputError(ValueError):
-    """Something that the user gave cannot be used. The message is all that the user gets to see."""
-
-
-class CorruptFile(InputError):
-    """A checkpoint that can be opened, but holds something else than tensors and plain values."""
 
 
 # ---------------------------------------------------------------------------------------- tasks
@@ -161,12 +163,6 @@ PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 DATASETS = (*FOLDERS, "shapes")
 
 
-def read_table(name: str) -> list[dict[str, str]]:
-    """The rows of data/NAME.csv."""
-    with open(HERE / "data" / f"{name}.csv", newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
 def class_table(dataset: str, data: str = "") -> tuple[list[str], list[tuple[int, int, int]]]:
     """Names and colours of the ids 0 ... K. Own pictures have names in `data`/classes.txt."""
     if dataset == "folder":
@@ -180,15 +176,6 @@ def class_table(dataset: str, data: str = "") -> tuple[list[str], list[tuple[int
     rows = read_table(dataset)
     colours = [tuple(int(row[k]) for k in ("red", "green", "blue")) for row in rows]
     return ["background", *(row["name"] for row in rows)], [(0, 0, 0), *colours]
-
-
-def read_lines(path: str | Path, what: str) -> list[str]:
-    """The lines of a text file, stripped, without empty ones."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{what} {path}: cannot be read as text ({error})") from None
-    return [line.strip() for line in lines if line.strip()]
 
 
 def read_names(path: Path) -> list[str]:
@@ -285,103 +272,6 @@ def folder_samples(root: Path) -> tuple[list, list]:
         ]
         for part in ("train", "test")
     )
-
-
-def open_image(path: Path, what: str) -> Image.Image:
-    """InputError: there is no such file, or it is not a picture."""
-    try:
-        with open(path, "rb") as file:
-            image = Image.open(file)
-            image.load()
-            return image
-    except FileNotFoundError:
-        raise InputError(
-            f"{path}: no such {what}; python -m data.prepare lists all that are missing"
-        ) from None
-    except Exception as error:  # damage can surface as anything
-        raise InputError(f"{path}: not a readable {what} ({error})") from None
-
-
-def read_picture(path: Path | int) -> Image.Image:
-    """RGB, any kind of file. EXIF's rotation is not applied: VOC's masks lie as the pixels do."""
-    if isinstance(path, int):
-        return shapes.draw(path)[0]
-    picture = open_image(path, "picture")
-    if picture.mode.startswith("I"):  # 16 bits: the upper byte, as Pillow does with colours
-        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-    return picture.convert("RGB")
-
-
-def read_mask(path: Path | int) -> Image.Image:
-    """One byte per pixel: the data set's own ids, 255 = void. MSRC-v2's colours become ids here."""
-    if isinstance(path, int):
-        return shapes.draw(path)[1]
-    mask = open_image(path, "mask")
-    if mask.mode == "RGB" and path.suffix == ".bmp":
-        ids = msrc_ids(mask)
-        return Image.fromarray(np.where(ids == UNKNOWN, IGNORE, ids).astype(np.uint8))
-    if mask.mode not in ("L", "P"):
-        raise InputError(
-            f"{path}: a mask has one class number per pixel (grey or palette), this has mode "
-            f"{mask.mode}"
-        )
-    return mask
-
-
-UNKNOWN = 254  # a colour that MSRC-v2 does not have
-MSRC_VOID = ((0, 0, 0), (128, 0, 128), (64, 0, 0))  # unlabelled, horse, mountain
-
-
-@functools.cache
-def msrc_colours() -> np.ndarray:
-    """uint8 [2^24]: packed RGB -> id, 255 for void, UNKNOWN for all other colours."""
-    table = np.full(1 << 24, UNKNOWN, np.uint8)
-    ids = enumerate(class_table("msrc")[1][1:], 1)
-    for i, (red, green, blue) in (*((IGNORE, colour) for colour in MSRC_VOID), *ids):
-        table[red << 16 | green << 8 | blue] = i
-    return table
-
-
-def msrc_ids(mask: Image.Image) -> np.ndarray:
-    red, green, blue = np.moveaxis(np.asarray(mask, np.int32), 2, 0)
-    return msrc_colours()[red << 16 | green << 8 | blue]
-
-
-def classes_in_image(masks: Sequence[Path | int], classes: int) -> list[list[int]]:
-    """The ids in each mask, without background and void.
-
-    The masks of a folder are read once and the result is kept in the user's cache. A mask whose
-    time or size has changed is read again.
-    """
-
-    def read(mask: Path | int) -> list[int]:
-        return [i for i, n in enumerate(read_mask(mask).histogram()[:IGNORE]) if n and i]
-
-    if isinstance(masks[0], int):
-        return list(map(read, masks))
-    folder = masks[0].parent.resolve()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ciss"
-    cache /= f"classes-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
-    stamps = {f.name: [f.stat().st_mtime_ns, f.stat().st_size] for f in os.scandir(folder)}
-    try:
-        known = json.loads(cache.read_text())
-        known = {name: entry for name, entry in known.items() if entry[0] == stamps.get(name)}
-    except (OSError, ValueError, AttributeError, LookupError, TypeError):
-        known = {}  # none yet, or not ours
-    if unknown := sorted({mask for mask in masks if mask.name not in known}):
-        print(f"reading {len(unknown)} masks in {folder}, once", flush=True)
-        with ThreadPoolExecutor() as pool:
-            for mask, ids in zip(unknown, pool.map(read, unknown), strict=True):
-                known[mask.name] = [stamps.get(mask.name), ids]
-        try:
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            write_json(cache, known)
-        except OSError:
-            pass  # nowhere to keep it: the next run reads the masks again
-    for mask in masks:
-        if (ids := known[mask.name][1]) and ids[-1] > classes:
-            raise InputError(f"{mask}: class number {ids[-1]}, but there are only {classes}")
-    return [known[mask.name][1] for mask in masks]
 
 
 def images_of_step(
@@ -887,58 +777,6 @@ def evaluate(model: nn.Module, predict: Callable, data: Data, step: Step) -> dic
     return without_nan(result)
 
 
-def average_of_steps(results: list[dict]) -> float:
-    """Mean over the steps of the mIoU over the classes seen at each, background included."""
-    return float(np.mean([r["with_background"]["all"] for r in results] or [math.nan]))
-
-
-def summary(result: dict) -> str:
-    shown = [f"{k} {v:.2f}" for k, v in result["with_background"].items() if v is not None]
-    return f"mIoU {', '.join(shown)} on {result['test_images']} test images"
-
-
-def results_table(
-    results: list[dict], steps: Sequence[Step], args: argparse.Namespace, method: str
-) -> str:
-    """A column per step: base, new, all, with and without background. Below: what was published."""
-    base, last = steps[0].last, steps[results[-1]["step"]].last
-    lines = ["mIoU, %".ljust(26) + "".join(f"step {r['step']}".rjust(8) for r in results)]
-    for kind, first in (("with_background", 0), ("without_background", 1)):
-        classes = {"base": f"{first}-{base}", "new": f"{base + 1}-{last}", "all": f"{first}-{last}"}
-        for key in ("base", "new", "all", "harmonic") if first == 0 else ("base", "all"):
-            values = [r[kind][key] for r in results]
-            title = f"{key} {classes.get(key, '')}" + ", no background" * first
-            cells = ("-" if v is None else f"{v:.2f}" for v in values)
-            if values[-1] is not None:
-                lines.append(title.ljust(26) + "".join(cell.rjust(8) for cell in cells))
-    lines.append(f"average of 'all' over the steps: {average_of_steps(results):.2f}")
-    for row in published(args.dataset, args.task, args.setting, method):
-        values = ", ".join(f"{k} {row[v]}" for k, v in (("base", "old"), ("new", "new")) if row[v])
-        covers = averaging_convention(row)
-        lines.append(f"published: {values}, all {row['all']} ({covers}; {row['source']})")
-    return "\n".join(lines)
-
-
-def published(dataset: str, task: str, setting: str, method: str) -> list[dict[str, str]]:
-    """The rows of data/published.csv."""
-    wanted = {"dataset": dataset, "task": task, "setting": setting, "method": method}
-    return [row for row in read_table("published") if wanted.items() <= row.items()]
-
-
-def averaging_convention(row: dict[str, str]) -> str:
-    """What a published row's averages of base and all cover."""
-    return "no background" if row["convention"].startswith("A") else "with background"
-
-
-def without_nan(value: object) -> object:
-    """NaN becomes None, which JSON has."""
-    if isinstance(value, dict):
-        return {k: without_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [without_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 # ---------------------------------------------------------------------------------------- dense
 
 
@@ -1345,13 +1183,7 @@ class Run:
             if file.exists():
                 columns[f"after step {k}"] = np.hsplit(np.array(Image.open(file)), len(pixels))
         originals = [Image.fromarray(p.numpy()) for p in pixels]
-        shown = {c for column in columns.values() for map_ in column for c in np.unique(map_)}
-        rows = [
-            [picture, *(pictures.overlay(picture, map_, data.colours) for map_ in maps)]
-            for picture, *maps in zip(originals, *columns.values(), strict=True)
-        ]
-        entries = pictures.entries(shown, data.names, data.colours)
-        page = pictures.sheet(rows, ("picture", *columns), entries)
+        page = pictures.prediction_sheet(originals, columns, data.names, data.colours)
         page.save(folder / f"step_{step.index}.png")
 
     # the folder
@@ -1606,51 +1438,6 @@ def segment(model: nn.Module, predict: Callable, pixels: Tensor, device: str) ->
 
 
 # ---------------------------------------------------------------------------- files and processes
-
-
-def write_atomically(path: Path, write: Callable) -> None:
-    """Writes beside the file, then renames: at any moment the old file or the new one is there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(beside, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:  # torch.save wraps the one in the other
-        reason = getattr(error, "strerror", None) or str(error.__context__ or error)
-        raise OSError(f"{path}: cannot be written ({' '.join(reason.split())})") from None
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: object) -> None:
-    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give another --out DIR") from None
-
-
-def read_checkpoint(path: str | Path, what: str) -> dict:
-    """Tensors and plain values; a file that holds anything else is refused, no code in it runs."""
-    try:
-        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"wrong checksum of {bad}")  # torch does not look at them
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(saved.items())
-    except FileNotFoundError:
-        raise InputError(f"{what} {path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{what} {path}: cannot be read ({error})") from None
-    except Exception as error:  # damage can surface as anything
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
-        raise CorruptFile(
-            f"{what} {path}: not a file of tensors and plain values ({reason})"
-        ) from None
 
 
 def load_weights(model: nn.Module, saved: dict, path: str | Path) -> None:

@@ -34,8 +34,9 @@ Each scheme alone, with the weights of the code where it has one (all under --se
     --output-kd 0                                             encoder frozen
     (no flag)                                                 encoder frozen, output
 
-Results of this file: README.md, for shapes, MSRC-v2 and photographs. Not run yet: full VOC 2012,
-ADE20K.
+Measured: data/RESULTS.md, on shapes, MSRC-v2 and photographs. Not run yet: full VOC 2012, ADE20K.
+--preset baseline equals MiB's trainer with its ILT over twelve iterations to 1e-9
+(tests/test_trajectories.py).
 
 The journal's text could not be read, only its abstract. Our reconstruction, therefore:
  a. Decoder stages: the mean squared error of the four convolutional branches of the ASPP, before
@@ -46,11 +47,12 @@ The journal's text could not be read, only its abstract. Our reconstruction, the
  d. Weights of decoder stages and similarity (50, 1000): where one starts, not theirs.
 
 Differences between the papers (p), the authors' code (c) and this file:
- 1. Output distillation. p (Eq. 3): the new model's softmax over all classes seen, terms of the old
-    ones. c: a head of all 21 classes from the start, on pixels whose label is an old class. Here p,
-    on all valid pixels, those of new classes too; --output-pixels old leaves those out, as c.
-    --student old is the form of MiB's code (softmax over the old channels only, all pixels, mean
-    over channels), which later papers call ILT.
+ 1. Output distillation. p (Eq. 3): the new model's softmax over all classes seen, terms of the
+    old ones. c: a head of all 21 classes from the start, on pixels whose label is an old class.
+    Here the softmax of p on the pixels of c, which the published numbers come from.
+    --output-pixels all takes all valid pixels, those of new classes too, as p (ILTALL). --student
+    old is the form of MiB's code (softmax over the old channels only, all pixels, mean over
+    channels), which later papers call ILT.
  2. Network. p: DeepLabV2, ResNet-101 pre-trained on MS COCO. Here DeepLabV3 and ImageNet, as in the
     baseline of later papers.
  3. Schedule. p: 1000 iterations per class, batch 4, crop 321, rate 1e-4 then 5e-5, BatchNorm's
@@ -83,6 +85,7 @@ PRESETS = {
         "setting": "sequential",
         "output_kd": 1.0,
         "student": "all",
+        "output_pixels": "old",
         "encoder_kd": 0.0,
         "freeze_encoder": True,
         "ignore": ["void", "later"],
@@ -91,6 +94,7 @@ PRESETS = {
         "setting": "overlapped",
         "output_kd": 100.0,
         "student": "old",
+        "output_pixels": "all",
         "encoder_kd": 100.0,
         "freeze_encoder": False,
         "ignore": ["later"],
@@ -305,8 +309,8 @@ def flags() -> argparse.ArgumentParser:
     add("--freeze-encoder", action=switch, help=text)
     text = "new model's softmax in Eq. 3: over all channels, or over the old ones (all: paper)"
     add("--student", choices=("all", "old"), help=text)
-    text = "pixels of Eq. 3: all valid ones (paper), or those labelled as an old class (code) (all)"
-    add("--output-pixels", choices=("all", "old"), default="all", help=text)
+    text = "pixels of Eq. 3: all valid ones (paper), or those labelled as an old class (old: code)"
+    add("--output-pixels", choices=("all", "old"), help=text)
     text = "of both softmaxes in Eq. 3 (1: code)"
     add("--temperature", type=common.above_zero, default=1.0, metavar="T", help=text)
     text = "what is compared: the batch's images, their mean features, pixels (batch: ours)"

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 import common
-from common import InputError, averaging_convention
+from common import InputError
 from data.predict import method_script
+from data.tables import averaging_convention, published
 
 AVERAGES = ("base", "new", "all")
 # flags that the table does not list: they have a column, or change nothing in the method
@@ -120,7 +121,7 @@ def as_typed(key: str, value: object) -> str:
 
 def best_published(run: dict, method: str, convention: str = "") -> dict | None:
     """Of several rows one of this convention, a mean of several runs, with all numbers."""
-    found = common.published(run["dataset"], run["task"], run["setting"], method)
+    found = published(run["dataset"], run["task"], run["setting"], method)
     return max(
         found,
         key=lambda r: (averaging_convention(r) == convention, bool(r["std"]), bool(r["old"])),

@@ -72,6 +72,18 @@ def legend(pairs: Sequence[tuple[str, Colour]], width: int, size: int) -> Image.
     return page
 
 
+def with_legend(
+    picture: Image.Image, labels: np.ndarray, names: Sequence[str], colours: Sequence[Colour]
+) -> Image.Image:
+    """The overlay of a picture and its class ids [H, W]; under it the legend of those found."""
+    found = entries(np.unique(labels).tolist(), names, colours)
+    below = legend(found, picture.width, max(14, picture.width // 50))
+    page = Image.new("RGB", (below.width, picture.height + below.height), "white")
+    page.paste(overlay(picture, labels, colours))
+    page.paste(below, (0, picture.height))
+    return page
+
+
 def sheet(
     rows: Sequence[Sequence[Image.Image]],
     titles: Sequence[str],
@@ -93,6 +105,25 @@ def sheet(
             page.paste(picture.resize((side, side)), corner)
     page.paste(names, (0, page.height - names.height - gap // 2))
     return page
+
+
+def prediction_sheet(
+    originals: Sequence[Image.Image],
+    columns: dict[str, Sequence[np.ndarray]],
+    names: Sequence[str],
+    colours: Sequence[Colour],
+) -> Image.Image:
+    """A row per picture: the picture itself, then its overlay of each column.
+
+    columns             title -> class ids [H, W] of each picture; 255 = void
+    names, colours      of the class ids 0, 1, ...
+    """
+    shown = {c for maps in columns.values() for labels in maps for c in np.unique(labels).tolist()}
+    rows = [
+        [picture, *(overlay(picture, labels, colours) for labels in maps)]
+        for picture, *maps in zip(originals, *columns.values(), strict=True)
+    ]
+    return sheet(rows, ("picture", *columns), entries(shown, names, colours))
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], base: int) -> Image.Image:

@@ -14,7 +14,6 @@ import argparse
 import importlib.util
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +27,7 @@ from torch import nn
 import common
 from common import HERE, InputError
 from data import pictures
+from data.tables import results_table, summary
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,10 +48,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def finished_steps(run: Path) -> dict[int, Path]:
     """Step index -> step_K.pt, in order. InputError: there is none."""
-    found = {}
-    for path in run.glob("step_*.pt"):
-        if match := re.fullmatch(r"step_([0-9]+)\.pt", path.name):
-            found[int(match[1])] = path
+    numbers = {path.stem.removeprefix("step_"): path for path in run.glob("step_*.pt")}
+    found = {int(number): path for number, path in numbers.items() if number.isdecimal()}
     if not found:
         raise InputError(f"{run}: no step_0.pt in this folder; train first")
     return dict(sorted(found.items()))
@@ -78,8 +76,7 @@ def prediction_rule(run: Path) -> tuple[Callable, str]:
         method, published = config["flags"]["method"], config["published"]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{file}: not the configuration of a run ({error})") from None
-    script = method_script(method)
-    return getattr(script, "predict", common.most_likely), published
+    return getattr(method_script(method), "predict", common.most_likely), published
 
 
 def load(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict, argparse.Namespace]:
@@ -113,12 +110,10 @@ def evaluate_again(args: argparse.Namespace) -> None:
         data = data or common.Data(settings)
         names = class_names(saved)
         if names != data.names[: len(names)]:
-            raise InputError(
-                f"{path}: learned other classes than those of the data in {data.where}"
-            )
+            raise InputError(f"{path}: learned other classes than those in {data.where}")
         results.append(common.evaluate(model, predict, data, data.steps[index]))
-        print(f"step {index}: {common.summary(results[-1])}", flush=True)
-    print(common.results_table(results, data.steps, settings, published))
+        print(f"step {index}: {summary(results[-1])}", flush=True)
+    print(results_table(results, data.steps, settings, published))
 
 
 @torch.no_grad()
@@ -126,12 +121,11 @@ def segment_pictures(args: argparse.Namespace) -> None:
     """Per picture: overlay and class map in the run's pictures/, and a line with the shares."""
     run, used = Path(args.run), set()
     newest = [*finished_steps(run).values()][-1]
-    paths = [path for given in args.pictures for path in pictures_in(given)]
+    paths = [path for given in args.pictures for path in pictures_in(Path(given))]
     predict, _ = prediction_rule(run)
     model, saved, settings = load(newest, args)
     names = class_names(saved)
     colours = saved.get("colours") or [(0, 0, 0), *pictures.palette(len(names) - 1)]
-    colours = [tuple(colour) for colour in colours]
     (run / "pictures").mkdir(exist_ok=True)
     for path in paths:
         picture = ImageOps.exif_transpose(common.read_picture(path))  # upright, as viewers show it
@@ -139,49 +133,34 @@ def segment_pictures(args: argparse.Namespace) -> None:
         pixels = torch.from_numpy(np.array(picture.resize(size, Image.Resampling.BILINEAR)))
         classes = Image.fromarray(common.segment(model, predict, pixels, settings.device))
         classes = classes.resize(picture.size, Image.Resampling.NEAREST)
-        page = with_legend(picture, classes, names, colours)
+        classes.putpalette(sum(map(tuple, colours), ()))
         name = "-".join(filter(None, (path.parent.name, path.stem)))
         while name in used:  # photos/x.jpg and photos/x.png
             name += "_2"
         used.add(name)
         target = run / "pictures" / name
-        page.save(f"{target}_overlay.png")
-        classes.putpalette(sum(colours, ()))
+        labels = np.asarray(classes)
+        pictures.with_legend(picture, labels, names, colours).save(f"{target}_overlay.png")
         classes.save(f"{target}_classes.png")
-
-        counts = np.bincount(np.asarray(classes).ravel(), minlength=len(names))
+        counts = np.bincount(labels.ravel(), minlength=len(names))
         shares = sorted(zip(100 * counts / counts.sum(), names, strict=True), reverse=True)
         found = ", ".join(f"{name} {share:.1f} %" for share, name in shares if share)
         print(f"{path}: {found}; see {target}_overlay.png and _classes.png", flush=True)
 
 
-def pictures_in(given: str) -> list[Path]:
+def pictures_in(path: Path) -> list[Path]:
     """The pictures in a folder and the folders in it; a file stands for itself.
 
     InputError: no such file or folder, or a folder without a picture
     """
-    if not Path(given).exists():
-        raise InputError(f"{given}: no such picture or folder")
-    if not Path(given).is_dir():
-        return [Path(given)]
-    endings = common.PICTURES
-    found = [path for path in Path(given).rglob("*") if path.suffix.lower() in endings]
+    if not path.exists():
+        raise InputError(f"{path}: no such picture or folder")
+    if not path.is_dir():
+        return [path]
+    found = [file for file in path.rglob("*") if file.suffix.lower() in common.PICTURES]
     if not found:
-        raise InputError(f"{given}: no picture in this folder ({' '.join(endings)})")
+        raise InputError(f"{path}: no picture in this folder ({' '.join(common.PICTURES)})")
     return sorted(found)
-
-
-def with_legend(
-    picture: Image.Image, classes: Image.Image, names: list[str], colours: list[tuple]
-) -> Image.Image:
-    """The overlay of a picture and its class ids; under it the legend of the classes found."""
-    ids = np.asarray(classes)
-    entries = pictures.entries(np.unique(ids).tolist(), names, colours)
-    legend = pictures.legend(entries, picture.width, max(14, picture.width // 50))
-    page = Image.new("RGB", (legend.width, picture.height + legend.height), "white")
-    page.paste(pictures.overlay(picture, ids, colours))
-    page.paste(legend, (0, picture.height))
-    return page
 
 
 def flags() -> argparse.ArgumentParser:

@@ -11,10 +11,11 @@ their numbers, they are compared with what is there. Exit status: 0, 1 if the da
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from PIL import Image
 
 import common
 from common import IGNORE, InputError
+from data import files
 
 STRANGE_COLOURS = "colours of no class, taken as void"  # in MSRC-v2: a note, not an error
 
@@ -45,39 +47,35 @@ def check(args: argparse.Namespace) -> int:
     """Reads every file and prints what is wrong, then the images of every step. 1 on an error."""
     names, _ = common.class_table(args.dataset, args.data)
     order = common.class_order(args.class_order, names[1:])
-    task = args.task or {"ade": "100-50", "msrc": "16-5", "folder": "offline"}.get(args.dataset)
-    task = task or "15-1"
-    common.task_steps(task, len(order))  # a bad --task is refused before all files are read
+    default = {"ade": "100-50", "msrc": "16-5", "folder": "offline"}.get(args.dataset, "15-1")
+    args.task = args.task or default
+    common.task_steps(args.task, len(order))  # a bad --task is refused before all files are read
     if not 0 <= args.held_out <= 0.5:
         raise InputError(f"--held-out {args.held_out}: a part of the training images, 0 to 0.5")
     source = common.list_samples(args.dataset, args.data, args.held_out)
     print(f"{source.where}: {len(source.train)} training and {len(source.test)} test images")
 
     problems = find_problems([*source.train, *source.test], len(order))
-    for kind, files in problems.items():
+    for kind, named in problems.items():
         level = "note" if kind == STRANGE_COLOURS else "error"
-        print(f"  {level}: {kind}: {len(files)}, such as {', '.join(files[:2])}")
-    errors = sum(len(files) for kind, files in problems.items() if kind != STRANGE_COLOURS)
+        print(f"  {level}: {kind}: {len(named)}, such as {', '.join(named[:2])}")
+    errors = sum(len(named) for kind, named in problems.items() if kind != STRANGE_COLOURS)
     try:
-        train, test = (classes_of_samples(part, order) for part in (source.train, source.test))
+        count_images(args, source, order, names)
     except InputError as error:
         print(f"  the images of the steps cannot be counted: {error}")
         errors = max(errors, 1)
-    else:
-        ordered = ["background", *(names[i] for i in order)]
-        count_images(args, task, ordered, train, test)
     print(f"{errors} errors")
     return 1 if errors else 0
 
 
 def find_problems(samples: Sequence[tuple], classes: int) -> dict[str, list[str]]:
     """Kind of problem -> files (or messages that name the file), over all samples."""
-    problems: dict[str, list[str]] = {}
+    problems: dict[str, list[str]] = defaultdict(list)
     with ThreadPoolExecutor() as pool:
-        for problem in pool.map(lambda sample: check_sample(*sample, classes), samples):
-            if problem:
-                kind, file = problem
-                problems.setdefault(kind, []).append(file)
+        found = pool.map(lambda sample: check_sample(*sample, classes), samples)
+        for kind, file in filter(None, found):
+            problems[kind].append(file)
     if repeated := [str(mask) for (_, mask), count in Counter(samples).items() if count > 1]:
         problems["listed more than once"] = repeated
     return problems
@@ -99,57 +97,49 @@ def check_sample(picture: Path | int, mask: Path | int, classes: int) -> tuple[s
     if any(labels.histogram()[classes + 1 : IGNORE]):
         return f"class numbers beyond {classes}", str(mask)
     if mask.suffix == ".bmp":
-        original = common.open_image(mask, "mask")
-        if original.mode == "RGB" and (common.msrc_ids(original) == common.UNKNOWN).any():
+        original = files.open_image(mask, "mask")
+        if original.mode == "RGB" and (files.msrc_ids(original) == files.UNKNOWN).any():
             return STRANGE_COLOURS, str(mask)
     return None
 
 
-def classes_of_samples(samples: Sequence[tuple], order: Sequence[int]) -> list[list[int]]:
-    """The class ids, that is positions in the class order, that each sample shows."""
-    position = {i: c for c, i in enumerate(order, 1)}
-    found = common.classes_in_image([mask for _, mask in samples], len(order))
-    return [[position[i] for i in ids] for ids in found]
-
-
 def count_images(
-    args: argparse.Namespace,
-    task: str,
-    names: Sequence[str],
-    train: Sequence[Sequence[int]],
-    test: Sequence[Sequence[int]],
+    args: argparse.Namespace, source: common.Source, order: Sequence[int], names: Sequence[str]
 ) -> None:
     """Prints the images per step of --task and --setting, and of every published list.
 
-    names           of the class ids, background first
-    train, test     the class ids of each image
+    order       the data set's own ids, in class order
+    names       of these ids, background first
     """
-    expected: dict[tuple[str, str], dict[int, tuple[str, str]]] = {(task, args.setting): {}}
-    if not args.class_order and not args.held_out:  # else the lists are of other images
+
+    def class_ids(samples: Sequence[tuple]) -> list[list[int]]:
+        found = common.classes_in_image([mask for _, mask in samples], len(order))
+        return [[order.index(raw) + 1 for raw in ids] for ids in found]
+
+    train, test = class_ids(source.train), class_ids(source.test)
+    for step in common.task_steps(args.task, len(order)):
+        images = common.images_of_step(train, step, args.setting, args.keep_later)
+        if missing := common.classes_without_images(images, train, step):
+            absent = ", ".join(names[order[c - 1]] for c in missing)
+            print(f"  note: {args.task} cannot be run: step {step.index} has no image of {absent}")
+    chosen = args.task, args.setting
+    lists: dict[tuple[str, str], dict[int, dict]] = {chosen: {}}  # the rows of their steps
+    if not args.class_order and not args.held_out:  # else the published lists are of other images
         for row in common.read_table("image_counts"):
             if row["dataset"] == args.dataset:
-                counts = expected.setdefault((row["task"], row["setting"]), {})
-                counts[int(row["step"])] = row["train"], row["test"]
-    if len(expected) > 1:
-        print("images per step; * differs from the published list, whose number is in brackets")
-    else:
-        print("images per step")
-    for (a_task, setting), published in expected.items():
-        chosen = (a_task, setting) == (task, args.setting)
-        cells: dict[str, list[str]] = {"train": [], "test": []}
-        for step in common.task_steps(a_task, len(names) - 1):
-            images = common.images_of_step(train, step, setting, chosen and args.keep_later)
-            missing = common.classes_without_images(images, train, step)
-            if missing and chosen:
-                absent = ", ".join(names[c] for c in missing)
-                print(f"  note: {task} cannot be run: step {step.index} has no image of {absent}")
-            counts = len(images), len(common.test_images(test, step))
-            lists = published.get(step.index, ("", ""))
-            for part, count, there in zip(cells, counts, lists, strict=True):
-                differs = there not in ("", str(count))
-                cells[part].append(f"{count}*[{there}]" if differs else str(count))
-        for part, values in cells.items():
-            print(f"  {a_task:7} {setting:11} {part:6} {' '.join(values)}")
+                lists.setdefault((row["task"], row["setting"]), {})[int(row["step"])] = row
+    print("images per step; *[N]: the published list has N")
+    for (task, setting), rows in lists.items():
+        keep_later = args.keep_later and (task, setting) == chosen
+        steps = common.task_steps(task, len(order))
+        images = [common.images_of_step(train, step, setting, keep_later) for step in steps]
+        tests = [common.test_images(test, step) for step in steps]
+        for part, found in (("train", images), ("test", tests)):
+            counts = [str(len(indices)) for indices in found]
+            listed = [rows.get(step.index, {}).get(part) for step in steps]
+            pairs = zip(counts, listed, strict=True)
+            cells = (n if not there or there == n else f"{n}*[{there}]" for n, there in pairs)
+            print(f"  {task:7} {setting:11} {part:6} {' '.join(cells)}")
 
 
 def download(root: Path) -> None:
@@ -157,12 +147,8 @@ def download(root: Path) -> None:
 
     InputError: no scipy, no network, or a broken archive
     """
-    try:
-        from scipy.io import loadmat
-    except ImportError:
-        raise InputError(
-            "--download: SBD's .mat files need one more package: pip install scipy"
-        ) from None
+    if not importlib.util.find_spec("scipy"):
+        raise InputError("--download: SBD's .mat files need one more package: pip install scipy")
     voc, sbd = root / "VOCdevkit" / "VOC2012", root / "sbd"
     try:
         torchvision.datasets.VOCSegmentation(root, "2012", "trainval", download=True)
@@ -172,17 +158,14 @@ def download(root: Path) -> None:
         raise InputError(
             f"--download: {error}. Is there a network? The same command tries again"
         ) from None
-    write_aug_masks(voc, sbd / "cls", loadmat)
+    write_aug_masks(voc, sbd / "cls")
     print(f"{voc} is complete", flush=True)
 
 
-def write_aug_masks(voc: Path, mats: Path, loadmat: Callable) -> None:
-    """SegmentationClassAug: VOC's own masks, with void borders; SBD's for all other images.
+def write_aug_masks(voc: Path, mats: Path) -> None:
+    """SegmentationClassAug: VOC's own masks, with void borders; SBD's .mat for all other images."""
+    from scipy.io import loadmat
 
-    voc         the folder VOCdevkit/VOC2012
-    mats        SBD's folder of .mat files
-    loadmat     scipy.io.loadmat
-    """
     target = voc / "SegmentationClassAug"
     target.mkdir(exist_ok=True)
     own = {path.stem for path in (voc / "SegmentationClass").glob("*.png")}

@@ -1,7 +1,7 @@
-import importlib
 import json
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -13,7 +13,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU alone repeats bit by bit
 
 import trees  # noqa: E402
 
-import common  # noqa: E402
+from data import shapes  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -35,17 +35,35 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def start(monkeypatch, capsys, tmp_path, data):
-    """Runs a script in this process; gives exit status, standard output and standard error."""
+def few_shapes(monkeypatch):
+    """80 and 20 drawn pictures: all classes are among them."""
+    monkeypatch.setattr(shapes, "TRAIN", 80)
+    monkeypatch.setattr(shapes, "TEST", 20)
+
+
+@pytest.fixture
+def own_signals():
+    """SIGINT and SIGTERM as in a terminal, whatever started pytest, and after a run again so."""
+    numbers = signal.SIGINT, signal.SIGTERM
+    before = [signal.getsignal(number) for number in numbers]
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def start(monkeypatch, capsys, tmp_path, data, own_signals):
+    """Runs a script in this process; gives exit status, standard output and standard error.
+
+    method      of the script, or the path of another one
+    """
     monkeypatch.chdir(tmp_path)
 
     def run(flags, where=data, method="dkd"):
-        module = importlib.import_module(method)
-        monkeypatch.setattr(sys, "argv", [str(ROOT / f"{method}.py"), *shlex.split(flags)])
         if "--data " not in flags:
-            sys.argv += ["--data", str(where)]
-        with pytest.raises(SystemExit) as stop:
-            common.launch(module.main, module.flags())
-        return stop.value.code or 0, *capsys.readouterr()
+            flags += f" --data {shlex.quote(str(where))}"
+        return trees.launch(method, flags), *capsys.readouterr()
 
     return run

@@ -77,16 +77,16 @@ def weights_of(state: dict[str, Tensor]) -> dict[str, Tensor]:
     for t, (name, kind, shape, *given) in enumerate(GOLDEN["tensors"]):
         v = uniform(np.arange(int(np.prod(shape, dtype=int)), dtype=np.int64), t)
         value = {
-            "conv": lambda v, s: np.sqrt(6 / np.prod(s[1:])) * v,
-            "bn_weight": lambda v, s: 1 + 0.1 * v,
-            "bn_bias": lambda v, s: 0.1 * v,
-            "bn_mean": lambda v, s: 0.1 * v,
-            "bn_var": lambda v, s: 1 + 0.5 * v,
-            "count": lambda v, s: 0 * v,
-            "classifier_weight": lambda v, s: 1.5 / np.sqrt(s[1]) * v,
-            "classifier_bias": lambda v, s: 0.2 * v,
-            "given": lambda v, s: np.array(given[0], dtype=float),
-        }[kind](v, shape)
+            "conv": np.sqrt(6 / np.prod(shape[1:])) * v,
+            "bn_weight": 1 + 0.1 * v,
+            "bn_bias": 0.1 * v,
+            "bn_mean": 0.1 * v,
+            "bn_var": 1 + 0.5 * v,
+            "count": 0 * v,
+            "classifier_weight": 1.5 / np.sqrt(np.prod(shape[1:])) * v,
+            "classifier_bias": 0.2 * v,
+            "given": np.array(*given, dtype=float) if given else v,
+        }[kind]
         if name in state:
             found[name] = torch.tensor(value).reshape(shape).to(state[name].dtype)
     assert found.keys() == state.keys()

@@ -1,6 +1,16 @@
-"""Tiny data sets in the layouts of the releases, and the flags of tiny runs."""
+"""Tiny data sets in the layouts of the releases, the flags of tiny runs, and what runs leave."""
+
+import csv
+import importlib
+import importlib.util
+import json
+import shlex
+import sys
+from pathlib import Path
 
 import numpy as np
+import pytest
+import torch
 from PIL import Image
 
 import common
@@ -11,6 +21,7 @@ SMALL = (
 )
 TINY = f"--dataset voc --task 19-1 {SMALL} --lr 0.002 0.0002"
 CLASSES = [[1 + i % 20, 1 + (i + 7) % 20] for i in range(40)]
+EXACT = {"rel": 1e-9, "abs": 1e-12}  # of values with 12 digits
 
 
 def write(path, array):
@@ -69,3 +80,99 @@ def msrc(root, ending="bmp"):
             write(base / f"GroundTruth/{name}_GT.bmp", coloured)
         (base / f"{file}.txt").write_text("".join(f"{name}.bmp\n" for name in names))
     return base
+
+
+def own(root, train, test, names):
+    """Own pictures: `train`, `test` are the classes of each image, `names` those of the classes."""
+    for part, images in (("train", train), ("test", test)):
+        for i, classes in enumerate(images):
+            ending = ("jpg", "png", "webp")[i % 3]
+            write(root / part / f"images/{part}{i}.{ending}", picture(i))
+            write(root / part / f"masks/{part}{i}.png", mask(classes))
+    (root / "classes.txt").write_text("\n".join(names))
+    return root
+
+
+# losses
+
+
+def value_and_gradient(loss, at):
+    """What a loss is at `at`, and its gradient there."""
+    leaf = at.detach().clone().requires_grad_()
+    value = loss(leaf)
+    value.backward()
+    return value.item(), torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def assert_as(found, loss, gradient_norm, name=""):
+    """A value and its gradient's norm as the golden file has them."""
+    assert found[0] == pytest.approx(loss, **EXACT), name
+    assert found[1].norm().item() == pytest.approx(gradient_norm, **EXACT), name
+
+
+def levels_and_logits():
+    """PLOP's golden inputs: four old maps, four new ones, (old logits, logits)."""
+    rng = np.random.default_rng(0)
+    shapes = ((2, 6, 16, 16), (2, 8, 8, 8), (2, 12, 4, 4), (2, 12, 4, 4))
+    old = [torch.tensor(rng.standard_normal(s)) for s in shapes]
+    new = [x + 0.5 * torch.tensor(rng.standard_normal(x.shape)) for x in old]
+    return old, new, [torch.tensor(rng.standard_normal((2, c, 4, 4))) for c in (5, 7)]
+
+
+# runs
+
+
+def arguments(method, flags=""):
+    """What a script's main is called with."""
+    module = importlib.import_module(method)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(common.HERE / f"{method}.py"), *shlex.split(flags)])
+        args = module.flags().parse_args()
+        common.resolve(args)
+    return args
+
+
+def launch(script, flags):
+    """Runs a script in this process: a method's name, or the path of another one. Exit status."""
+    path = common.HERE / f"{script}.py" if isinstance(script, str) else script
+    if path.parent == common.HERE:
+        module = importlib.import_module(path.stem)
+    else:
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(sys, "argv", [str(path), *shlex.split(flags)])
+        common.launch(module.main, module.flags())
+    return stop.value.code or 0
+
+
+def folder_name(method, step="19-1", dataset="voc", setting="overlapped"):
+    return Path(f"runs/{method}-{dataset}-{step}-{setting}-s0")
+
+
+def results(folder):
+    """The steps of metrics.json without what depends on the machine."""
+    steps = json.loads((folder / "metrics.json").read_text())["steps"]
+    return [{k: v for k, v in step.items() if k != "timing"} for step in steps]
+
+
+def read_rows(folder):
+    return list(csv.DictReader((folder / "train.csv").read_text().splitlines()))
+
+
+def weights(folder, step=1):
+    return torch.load(folder / f"step_{step}.pt", weights_only=True)["model"]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def assert_same_run(whole, folder):
+    """Both are finished, with the same bits."""
+    assert results(whole) == results(folder)
+    for step in range(len(results(whole))):
+        assert_same(weights(whole, step), weights(folder, step))
+    assert (whole / "train.csv").read_text() == (folder / "train.csv").read_text()
+    assert not (folder / "last.pt").exists()

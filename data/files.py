@@ -1,0 +1,201 @@
+"""One file at a time: pictures, masks, tables, JSON, checkpoints. Errors that name the file.
+
+It imports nothing of ours but the drawn pictures. Files are read as data, and never executed.
+"""
+
+from __future__ import annotations
+
+import csv
+import functools
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data import shapes
+
+IGNORE = 255  # void, in masks and in labels
+
+
+class InputError(ValueError):
+    """Something that the user gave cannot be used. The message is all that the user gets to see."""
+
+
+class CorruptFile(InputError):
+    """A checkpoint that can be opened, but holds something else than tensors and plain values."""
+
+
+# --------------------------------------------------------------------------------- text and tables
+
+
+def read_table(name: str) -> list[dict[str, str]]:
+    """The rows of data/NAME.csv."""
+    with open(Path(__file__).with_name(f"{name}.csv"), newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def read_lines(path: str | Path, what: str) -> list[str]:
+    """The lines of a text file, stripped, without empty ones."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{what} {path}: cannot be read as text ({error})") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+# ------------------------------------------------------------------------------ pictures and masks
+
+
+def open_image(path: Path, what: str) -> Image.Image:
+    """InputError: there is no such file, or it is not a picture."""
+    try:
+        with open(path, "rb") as file:
+            image = Image.open(file)
+            image.load()
+            return image
+    except FileNotFoundError:
+        raise InputError(
+            f"{path}: no such {what}; python -m data.prepare lists all that are missing"
+        ) from None
+    except Exception as error:  # damage can surface as anything
+        raise InputError(f"{path}: not a readable {what} ({error})") from None
+
+
+def read_picture(path: Path | int) -> Image.Image:
+    """RGB, any kind of file. EXIF's rotation is not applied: VOC's masks lie as the pixels do."""
+    if isinstance(path, int):
+        return shapes.draw(path)[0]
+    picture = open_image(path, "picture")
+    if picture.mode.startswith("I"):  # 16 bits: the upper byte, as Pillow does with colours
+        picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
+    return picture.convert("RGB")
+
+
+def read_mask(path: Path | int) -> Image.Image:
+    """One byte per pixel: the data set's own ids, 255 = void. MSRC-v2's colours become ids here."""
+    if isinstance(path, int):
+        return shapes.draw(path)[1]
+    mask = open_image(path, "mask")
+    if mask.mode == "RGB" and path.suffix == ".bmp":
+        ids = msrc_ids(mask)
+        return Image.fromarray(np.where(ids == UNKNOWN, IGNORE, ids).astype(np.uint8))
+    if mask.mode not in ("L", "P"):
+        raise InputError(
+            f"{path}: a mask has one class number per pixel (grey or palette), this has mode "
+            f"{mask.mode}"
+        )
+    return mask
+
+
+UNKNOWN = 254  # a colour that MSRC-v2 does not have
+MSRC_VOID = ((0, 0, 0), (128, 0, 128), (64, 0, 0))  # unlabelled, horse, mountain
+
+
+@functools.cache
+def msrc_colours() -> np.ndarray:
+    """uint8 [2^24]: packed RGB -> id, 255 for void, UNKNOWN for all other colours."""
+    table = np.full(1 << 24, UNKNOWN, np.uint8)
+    colours = [
+        (int(r["id"]), *(int(r[k]) for k in ("red", "green", "blue"))) for r in read_table("msrc")
+    ]
+    for i, red, green, blue in (*((IGNORE, *colour) for colour in MSRC_VOID), *colours):
+        table[red << 16 | green << 8 | blue] = i
+    return table
+
+
+def msrc_ids(mask: Image.Image) -> np.ndarray:
+    red, green, blue = np.moveaxis(np.asarray(mask, np.int32), 2, 0)
+    return msrc_colours()[red << 16 | green << 8 | blue]
+
+
+def classes_in_image(masks: Sequence[Path | int], classes: int) -> list[list[int]]:
+    """The ids in each mask, without background and void.
+
+    The masks of a folder are read once and the result is kept in the user's cache. A mask whose
+    time or size has changed is read again.
+    """
+
+    def read(mask: Path | int) -> list[int]:
+        return [i for i, n in enumerate(read_mask(mask).histogram()[:IGNORE]) if n and i]
+
+    if isinstance(masks[0], int):
+        return list(map(read, masks))
+    folder = masks[0].parent.resolve()
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ciss"
+    cache /= f"classes-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
+    there = os.scandir(folder) if folder.is_dir() else ()
+    stamps = {f.name: [f.stat().st_mtime_ns, f.stat().st_size] for f in there}
+    try:
+        known = json.loads(cache.read_text())
+        known = {name: entry for name, entry in known.items() if entry[0] == stamps.get(name)}
+    except (OSError, ValueError, AttributeError, LookupError, TypeError):
+        known = {}  # none yet, or not ours
+    if unknown := sorted({mask for mask in masks if mask.name not in known}):
+        print(f"reading {len(unknown)} masks in {folder}, once", flush=True)
+        with ThreadPoolExecutor() as pool:
+            for mask, ids in zip(unknown, pool.map(read, unknown), strict=True):
+                known[mask.name] = [stamps.get(mask.name), ids]
+        try:
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_json(cache, known)
+        except OSError:
+            pass  # nowhere to keep it: the next run reads the masks again
+    for mask in masks:
+        if (ids := known[mask.name][1]) and ids[-1] > classes:
+            raise InputError(f"{mask}: class number {ids[-1]}, but there are only {classes}")
+    return [known[mask.name][1] for mask in masks]
+
+
+# ------------------------------------------------------------------------- JSON and checkpoints
+
+
+def write_atomically(path: Path, write: Callable) -> None:
+    """Writes beside the file, then renames: at any moment the old file or the new one is there."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(beside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:  # torch.save wraps the one in the other
+        reason = getattr(error, "strerror", None) or str(error.__context__ or error)
+        raise OSError(f"{path}: cannot be written ({' '.join(reason.split())})") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: object) -> None:
+    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); give another --out DIR") from None
+
+
+def read_checkpoint(path: str | Path, what: str) -> dict:
+    """Tensors and plain values; a file that holds anything else is refused, no code in it runs."""
+    try:
+        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
+            raise ValueError(f"wrong checksum of {bad}")  # torch does not look at them
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return dict(saved.items())
+    except FileNotFoundError:
+        raise InputError(f"{what} {path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{what} {path}: cannot be read ({error})") from None
+    except Exception as error:  # damage can surface as anything
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        raise CorruptFile(
+            f"{what} {path}: not a file of tensors and plain values ({reason})"
+        ) from None

@@ -1,0 +1,66 @@
+"""Results as text: the table at the end of a run, beside the published numbers.
+
+It imports nothing of ours but the reading of files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from data.files import read_table
+
+
+def average_of_steps(results: list[dict]) -> float:
+    """Mean over the steps of the mIoU over the classes seen at each, background included."""
+    return float(np.mean([r["with_background"]["all"] for r in results] or [math.nan]))
+
+
+def summary(result: dict) -> str:
+    shown = [f"{k} {v:.2f}" for k, v in result["with_background"].items() if v is not None]
+    return f"mIoU {', '.join(shown)} on {result['test_images']} test images"
+
+
+def results_table(
+    results: list[dict], steps: Sequence, args: argparse.Namespace, method: str
+) -> str:
+    """A column per step: base, new, all, with and without background. Below: what was published."""
+    base, last = steps[0].last, steps[results[-1]["step"]].last
+    lines = ["mIoU, %".ljust(26) + "".join(f"step {r['step']}".rjust(8) for r in results)]
+    for kind, first in (("with_background", 0), ("without_background", 1)):
+        classes = {"base": f"{first}-{base}", "new": f"{base + 1}-{last}", "all": f"{first}-{last}"}
+        for key in ("base", "new", "all", "harmonic") if first == 0 else ("base", "all"):
+            values = [r[kind][key] for r in results]
+            title = f"{key} {classes.get(key, '')}" + ", no background" * first
+            cells = ("-" if v is None else f"{v:.2f}" for v in values)
+            if values[-1] is not None:
+                lines.append(title.ljust(26) + "".join(cell.rjust(8) for cell in cells))
+    lines.append(f"average of 'all' over the steps: {average_of_steps(results):.2f}")
+    for row in published(args.dataset, args.task, args.setting, method):
+        values = ", ".join(f"{k} {row[v]}" for k, v in (("base", "old"), ("new", "new")) if row[v])
+        covers = averaging_convention(row)
+        lines.append(f"published: {values}, all {row['all']} ({covers}; {row['source']})")
+    return "\n".join(lines)
+
+
+def published(dataset: str, task: str, setting: str, method: str) -> list[dict[str, str]]:
+    """The rows of data/published.csv."""
+    wanted = {"dataset": dataset, "task": task, "setting": setting, "method": method}
+    return [row for row in read_table("published") if wanted.items() <= row.items()]
+
+
+def averaging_convention(row: dict[str, str]) -> str:
+    """What a published row's averages of base and all cover."""
+    return "no background" if row["convention"].startswith("A") else "with background"
+
+
+def without_nan(value: object) -> object:
+    """NaN becomes None, which JSON has."""
+    if isinstance(value, dict):
+        return {k: without_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [without_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
