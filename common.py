@@ -796,7 +796,7 @@ def rows_of(inputs: Sequence, size: int) -> Callable[[slice], list]:
     plans: list = []  # of each input: its two matrices where it is upsampled
     for x, kind in zip(inputs, kinds, strict=True):
         if kind == 3 and x.shape[1] != size:
-            raise ValueError(f"a map {tuple(x.shape)}: expected [B, H, W] with {size} rows")
+            raise InputError(f"a map {tuple(x.shape)}: expected [B, H, W] with {size} rows")
         plans.append((matrix(x, 2), matrix(x, 3).T) if kind == 4 else None)
 
     def cut(rows: slice) -> list:
@@ -863,7 +863,7 @@ class DenseLoss(torch.autograd.Function):
 
 
 def refuse_other_gradients(loss: Tensor, known: list[Tensor]) -> None:
-    """ValueError where a loss uses a tensor that needs a gradient, but was not passed to it."""
+    """InputError where a loss uses a tensor that needs a gradient, but was not passed to it."""
     nodes, seen = [loss.grad_fn], set()
     while nodes:
         node = nodes.pop()
@@ -872,13 +872,13 @@ def refuse_other_gradients(loss: Tensor, known: list[Tensor]) -> None:
         seen.add(node)
         leaf = getattr(node, "variable", None)
         if leaf is not None and all(leaf is not x for x in known):
-            raise ValueError("dense: the loss uses a parameter that is none of its arguments")
+            raise InputError("dense: the loss uses a parameter that is none of its arguments")
         nodes += [before for before, _ in node.next_functions if before is not None]
 
 
 @torch.no_grad()
 def refuse_other_means(loss: Callable, share: Tensor, inputs: Sequence) -> None:
-    """ValueError where a loss of some rows is not the mean of the losses of their two halves."""
+    """InputError where a loss of some rows is not the mean of the losses of their two halves."""
     size = len(share)
     first, second = slice(size // 4, size // 2), slice(size // 2, 3 * size // 4)
     cut = rows_of(inputs, size)
@@ -886,9 +886,9 @@ def refuse_other_means(loss: Callable, share: Tensor, inputs: Sequence) -> None:
         (share[rows].sum() * loss(*cut(rows))).item()
         for rows in (slice(first.start, second.stop), first, second)
     )
-    if abs(both - sum(halves)) > 1e-4 * abs(both) + 1e-9:
+    if abs(both - sum(halves)) > 1e-4 * abs(both) + 1e-6:
         name = getattr(loss, "__name__", "the loss")
-        raise ValueError(
+        raise InputError(
             f"dense: {name} of some rows is {both:g}, of their halves {sum(halves):g}. A mean over "
             "some of the pixels needs valid=, bool [B, H, W]; what is no mean over pixels needs "
             "logits of full size: common.upsample"
@@ -1061,6 +1061,7 @@ class Run:
             # the pooling branch has one value per image and channel: one image has no variance
             model.aspp.convs[-1][2].eval()
         refuse_parameters_outside(optimizer, model)
+        self.timing = {}
         progress = Progress(self, step, model, optimizer, len(indices))
         done, total = progress.iteration, progress.total
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -1074,7 +1075,7 @@ class Run:
             for batch in load_batches(view, keys, args):
                 yield batch
                 if self.losses is None:
-                    raise ValueError("the loop calls run.log(losses) in every iteration")
+                    raise InputError("the loop calls run.log(losses) in every iteration")
                 progress.add(self.losses)
                 self.losses = None
                 schedule.step()
@@ -1099,10 +1100,10 @@ class Run:
         others      what else `loss` takes: [B, C, h, w] logits are upsampled, too, [B, H, W] maps
                     are cut into the same rows. What needs a gradient gets it
         valid       bool [B, H, W]: the pixels that the loss is a mean over; None = all
-        ValueError  a loss that is not such a mean; a parameter that `loss` uses, but does not take
+        InputError  a loss that is not such a mean; a parameter that `loss` uses, but does not take
         """
         size, world = self.args.crop, processes()[1]
-        share = torch.full((size,), 1 / size).to(logits)
+        share = logits.new_full((size,), 1 / size)  # of each row in the mean
         if valid is not None:
             count = all_reduce(valid.sum()).clamp(min=1).to(logits)
             share = valid.sum((0, 2)).to(logits) * world / count

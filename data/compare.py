@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import common
 from common import InputError
@@ -34,34 +32,34 @@ UNLISTED |= {"precision", "workers", "method", "head", "dropout", "bn_momentum",
 
 def main(argv: list[str] | None = None) -> int:
     args = flags().parse_args(argv)
-    runs, status = [], 0
+    runs, errors = [], []
     for given in args.runs:
         try:
             runs.append(read_run(given))
         except InputError as error:
-            print(f"compare: {error}", file=sys.stderr)
-            status = 2
-    if not runs:
-        return status
+            errors.append(error)
     rows = table_rows(runs)
-    print(markdown(rows))
-    if args.curves:
+    if rows:
+        print(markdown(rows))
+    if rows and args.curves:
         try:
             draw_curves(rows, args.curves)
+            print(f"\ncurves in {args.curves}")
         except InputError as error:
-            print(f"compare: {error}", file=sys.stderr)
-            return 2
-        print(f"\ncurves in {args.curves}")
-    return status
+            errors.append(error)
+    for error in errors:
+        print(f"compare: {error}", file=sys.stderr)
+    return 2 if errors else 0
 
 
 def read_run(given: str) -> dict:
     """A finished run.
 
     given       its folder, or NAME=folder to name its row
-    returns     "columns": what the table says of it; "flags": those that differ from the script's
-                recipe, as typed; "iou": per step, float64 [C], percent, NaN for a class that no
-                test image shows; "minutes": per step, NaN where they are not known
+    returns     method, dataset, task, setting, seed, published: as config.json has them; columns:
+                what the table says of it; flags: those that differ from the script's recipe, as
+                typed; iou: per step, float64 [C], percent, NaN for a class that no test image
+                shows; minutes: per step, None where --step0 took it from another run
     InputError  no run there, one that is not finished, or one of a script that is not here
     """
     named = "=" in given and not Path(given).is_dir()
@@ -74,19 +72,17 @@ def read_run(given: str) -> dict:
         recipe = vars(script.flags().parse_args([])) | {"dataset": used["dataset"]}
         common.fill_in(recipe)
         missing = len(common.task_steps(used["task"], len(config["classes"]) - 1)) - len(steps)
-        differ = {k: v for k, v in used.items() if k in recipe and v not in (None, recipe[k])}
         own_data = f" {Path(used['data']).name}" if used["dataset"] == "folder" else ""
-        run = {
-            "name": name or ("joint" if used["task"] == "offline" else config["published"]),
+        run = {key: used[key] for key in ("method", "dataset", "task", "setting", "seed")} | {
+            "name": "joint" if used["task"] == "offline" else config["published"] or used["method"],
             "published": config["published"],
-            "script": used["method"],
-            "dataset": used["dataset"],
-            "task": used["task"],
-            "setting": used["setting"],
-            "seed": used["seed"],
-            "flags": [as_typed(k, v) for k, v in differ.items() if k not in UNLISTED],
-            "iou": [numbers(step["iou"].values()) for step in steps],
-            "minutes": numbers(step["timing"].get("minutes") for step in steps),
+            "flags": [
+                as_typed(key, used[key])
+                for key in recipe
+                if key not in UNLISTED and used.get(key) not in (None, recipe[key])
+            ],
+            "iou": [torch.tensor(np.array([*step["iou"].values()], float)) for step in steps],
+            "minutes": [step["timing"].get("minutes") for step in steps],
             "columns": {
                 "dataset": used["dataset"] + own_data,
                 "task": used["task"],
@@ -102,12 +98,7 @@ def read_run(given: str) -> dict:
         raise InputError(f"{folder}: no results of a run ({error})") from None
     if missing:
         raise InputError(f"{folder}: not finished, {missing} steps are missing")
-    return run
-
-
-def numbers(values: Iterable[float | None]) -> Tensor:
-    """float64 [n]; NaN for None, which is how metrics.json holds it."""
-    return torch.tensor([math.nan if v is None else v for v in values], dtype=torch.float64)
+    return run | ({"name": name} if name else {})
 
 
 def as_typed(key: str, value: object) -> str:
@@ -135,13 +126,14 @@ def table_rows(runs: Sequence[dict]) -> list[dict]:
     A joint run (--task offline) has one step, in which all classes are learned: its classes are
     divided, averaged and compared as those of the first other task on its data set.
 
-    returns     "runs", "values" [seeds, steps, 3]: base, new, all in percent; "published": a row of
-                data/published.csv or None; "averages": what base and all cover
+    returns     "name"; "runs"; "values" [seeds, steps, 3]: base, new, all in percent; "published":
+                a row of data/published.csv or None; "averages": what base and all cover
     """
     groups: dict[str, list[dict]] = {}
     for run in runs:
-        same = [run[k] for k in ("name", "script", "dataset", "task", "setting", "flags")]
-        groups.setdefault(str([*same, run["columns"]["tested on"]]), []).append(run)
+        same = [run["name"], run["method"], run["flags"]]
+        same += [run["columns"][key] for key in ("dataset", "task", "setting", "tested on")]
+        groups.setdefault(str(same), []).append(run)
     rows = []
     for group in groups.values():
         run = like = group[0]
@@ -152,13 +144,11 @@ def table_rows(runs: Sequence[dict]) -> list[dict]:
         averages = averaging_convention(best) if best else "with background"
         if like is not run:
             best = best_published(like, "Joint", averages)
-        first = like["task"].split("-")[0]
-        base = len(run["iou"][0]) - 1 if first == "offline" else int(first)
+        base = common.task_steps(like["task"], len(run["iou"][-1]) - 1)[0].last
         background = averages == "with background"
         values = [[common.averages(iou, base, background) for iou in r["iou"]] for r in group]
         values = np.array([[[step[k] for k in AVERAGES] for step in steps] for steps in values])
-        name = run["name"] or run["script"]
-        row = {"name": name, "runs": group, "values": values, "published": best}
+        row = {"name": run["name"], "runs": group, "values": values, "published": best}
         rows.append(row | {"averages": averages})
     return rows
 
@@ -166,8 +156,8 @@ def table_rows(runs: Sequence[dict]) -> list[dict]:
 def markdown(rows: Sequence[dict]) -> str:
     """The table. What is the same in every row stands once, above it."""
     several = len(rows) > 1
-    all_flags = [row["runs"][0]["flags"] for row in rows]
-    shared = [flag for flag in all_flags[0] if several and all(flag in f for f in all_flags)]
+    first, *others = (row["runs"][0]["flags"] for row in rows)
+    shared = [flag for flag in first if several and all(flag in other for other in others)]
     lines = [{"method": row["name"]} | cells(row, shared) for row in rows]
     candidates = [k for k in lines[0] if several and k not in ("method", *AVERAGES, "seeds")]
     same = {k: lines[0][k] for k in candidates if len({line[k] for line in lines}) == 1}
@@ -193,16 +183,16 @@ def cells(row: dict, shared: Sequence[str]) -> dict[str, str]:
     text["averages"] = row["averages"]
     for key in runs[0]["columns"]:
         text[key] = ", ".join(sorted({run["columns"][key] for run in runs}))
-    minutes = torch.stack([run["minutes"] for run in runs]).nanmean(0)
-    without = " without step 0" if minutes[0].isnan() else ""  # --step0 took it from another run
-    text["minutes"] = f"{minutes.nansum():.3g}{without}"
+    minutes = np.array([run["minutes"] for run in runs], float)
+    taken = bool(np.isnan(minutes[:, 0]).any())  # --step0: from another run
+    text["minutes"] = f"{minutes[:, taken:].sum(1).mean():.3g}" + " without step 0" * taken
     own = [flag for flag in runs[0]["flags"] if flag not in shared]
-    text["command"] = f"`{' '.join([runs[0]['script'] + '.py', *own])}`"
+    text["command"] = f"`{' '.join([runs[0]['method'] + '.py', *own])}`"
     return text
 
 
 def draw_curves(rows: Sequence[dict], file: str) -> None:
-    """mIoU over the steps: a line per row, and a band of one standard deviation over the seeds.
+    """mIoU over the steps: a line per row, and one standard deviation over the seeds.
 
     InputError: no matplotlib, or a file that cannot be written
     """
@@ -212,22 +202,20 @@ def draw_curves(rows: Sequence[dict], file: str) -> None:
         raise InputError("--curves needs one more package: pip install matplotlib") from None
     figure = Figure((11, 3.6), layout="constrained")
     panels = figure.subplots(1, 3, sharex=True, sharey=True)
-    titles = ("base classes", "new classes", "all seen so far")
-    for k, (axes, title) in enumerate(zip(panels, titles, strict=True)):
-        axes.set(title=title, xlabel="step", ylabel="" if k else "mIoU, %")
+    for k, (axes, kind) in enumerate(zip(panels, AVERAGES, strict=True)):
+        axes.set(title=f"{kind} classes", xlabel="step", ylabel="" if k else "mIoU, %")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         for row in rows:
             values = row["values"][:, :, k]
             mean, spread = values.mean(0), values.std(0, ddof=len(values) > 1)
-            if len(mean) == 1:  # a joint run has one step: a level to compare with
+            if len(mean) > 1:
+                steps = range(len(mean))
+                axes.errorbar(steps, mean, spread, marker="o", capsize=3, label=row["name"])
+            else:  # a joint run has one step: a level to compare with
                 axes.axhline(mean[0], color="0.4", ls="--", label=row["name"])
-                continue
-            (line,) = axes.plot(mean, marker="o", label=row["name"])
-            low, high = mean - spread, mean + spread
-            axes.fill_between(range(len(mean)), low, high, color=line.get_color(), alpha=0.2, lw=0)
-        axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(ylim=(0, None))
-    handles = axes.get_legend_handles_labels()[0]
-    figure.legend(handles=handles, loc="outside right center", frameon=False)
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside right center", frameon=False)
     try:
         figure.savefig(file, dpi=110)
     except (OSError, ValueError) as error:

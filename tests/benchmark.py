@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import math
 import multiprocessing
 import resource
@@ -19,6 +20,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import numpy as np
@@ -136,85 +138,85 @@ def textbook_plop(z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> Tensor:
     return (-(hot * z.log_softmax(1)).sum(1) * share[:, None, None]).mean()
 
 
-def lean_mib(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> None:
-    for part in run.strips(labels, z, old_z):
-        ce = mib.unbiased_cross_entropy(part.logits, part.labels, old)
-        kd = mib.unbiased_distillation(part.logits, part.old_logits)
-        run.add({"loss": part.valid * ce + part.all * kd})
+# The scripts' own functions. They take the run and logits of the network's size.
 
 
-def lean_ilt(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> None:
-    for part in run.strips(labels, z, old_z):
-        kd = ilt.output_distillation(part.logits, part.old_logits, part.labels)
-        run.add({"loss": part.valid * (ilt.cross_entropy(part.logits, part.labels) + kd)})
+def dense_mib(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> Tensor:
+    valid = labels != common.IGNORE
+    ce = run.dense(mib.unbiased_cross_entropy, z, labels, old, valid=valid)
+    return ce + run.dense(mib.unbiased_distillation, z, old_z)
 
 
-def lean_dkd(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> None:
-    for part in run.strips(labels, z, old_z):
-        bce = dkd.mbce(part.logits[:, old:], part.labels, old, 1.0, common.IGNORE)
-        rest = dkd.kd(part.logits[:, 1:old], part.old_logits[:, 1:])
-        rest = rest + dkd.auxiliary_loss(part.logits[:, :1])
-        run.add({"loss": part.valid * bce + part.all * rest})
+def dense_ilt(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> Tensor:
+    valid = labels != common.IGNORE
+    ce = run.dense(ilt.cross_entropy, z, labels, valid=valid)
+    return ce + run.dense(ilt.output_distillation, z, old_z, labels, valid=valid)
 
 
-def lean_plop(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> None:
+def dense_dkd(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> Tensor:
+    target, valid = (labels, old, 1.0, common.IGNORE), labels != common.IGNORE
+    bce = run.dense(dkd.mbce, z[:, old:], *target, valid=valid)
+    distance = run.dense(dkd.kd, z[:, 1:old], old_z[:, 1:])
+    return bce + distance + run.dense(dkd.auxiliary_loss, z[:, :1])
+
+
+def dense_plop(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> Tensor:
     thresholds = torch.full((old,), 0.9, device=z.device)
-    with torch.no_grad():
-        strips = run.strips(labels, old_z)
-        known = [ucd.pseudo_labels(p.labels, p.logits, thresholds) for p in strips]
-    targets = torch.cat(known, 1)
+    targets = common.in_strips(ucd.pseudo_labels, len(labels[0]), old_z, labels, thresholds)
     share = ucd.sure_share(labels, targets)
-    for part in run.strips(targets, z):
-        run.add({"loss": part.all * ucd.adaptive_cross_entropy(part.logits, part.labels, share)})
+    return run.dense(ucd.adaptive_cross_entropy, z, targets, share)
+
+
+def run_for_dense(size: int) -> common.Run:
+    """All that `dense` needs of a run."""
+    run = object.__new__(common.Run)
+    run.args, run.checked = argparse.Namespace(crop=size), set()
+    return run
 
 
 def losses(args: argparse.Namespace) -> None:
     """Each method's losses of full-size logits, upsampling included, beside the textbook's."""
     print(
-        f"\nLosses, forward and backward, {args.size} x {args.size}, batch {args.batch}, {DEVICE}"
+        f"\nLosses, forward and backward, {args.size} x {args.size}, batch {args.batch}, {DEVICE}, "
+        f"{torch.get_num_threads()} threads"
     )
     names = "textbook, MiB kept", "ours, MiB kept", "of it"
     header("method", "classes", "textbook, s", "ours, s", "times as fast", *names)
     for classes, old in ((21, 16), (151, 101)):
         for case in (
-            ("mib_unbiased, ucd, icd on MiB", textbook_mib, lean_mib),
-            ("ilt", textbook_ilt, lean_ilt),
-            ("dkd", textbook_dkd, lean_dkd),
-            ("ucd, icd on PLOP", textbook_plop, lean_plop),
+            ("mib_unbiased, ucd, icd on MiB", textbook_mib, dense_mib),
+            ("ilt", textbook_ilt, dense_ilt),
+            ("dkd", textbook_dkd, dense_dkd),
+            ("ucd, icd on PLOP", textbook_plop, dense_plop),
         ):
             row(case[0], classes, *compare(*case[1:], classes, old, args))
 
 
-def compare(textbook: Callable, lean: Callable, classes: int, old: int, args) -> list[str]:
+def compare(textbook: Callable, dense: Callable, classes: int, old: int, args) -> list[str]:
     torch.manual_seed(0)
     side, shape = args.size // 16, (args.batch, args.size, args.size)
     new, before = (torch.randn(args.batch, n, side, side, device=DEVICE) for n in (classes, old))
     labels = torch.randint(0, classes, shape, device=DEVICE)
     labels = torch.where(labels < old, 0, labels)
     labels[:, :8] = common.IGNORE
-    run = object.__new__(common.Run)
-    run.world = 1  # all that strips() and add() need of it
+    run = run_for_dense(args.size)
 
-    def theirs() -> tuple[Tensor, Tensor]:
-        small = new.clone().requires_grad_()
-        full = (F.interpolate(maps, shape[1:], mode="bilinear") for maps in (small, before))
-        return textbook(*full, labels, old), small
+    def theirs(small: Tensor) -> Tensor:
+        return textbook(*(common.upsample(z, shape[1:]) for z in (small, before)), labels, old)
 
-    def ours() -> tuple[Tensor, Tensor]:
-        small, run.added, run.small = new.clone().requires_grad_(), {}, None
-        lean(run, small, before, labels, old)
-        product = (small * run.leaf.grad).sum()  # as in Run.update
-        return run.added["loss"] + product - product.detach(), small
+    def ours(small: Tensor) -> Tensor:
+        return dense(run, small, before, labels, old)
 
     found = []
     for work in (theirs, ours):
-        kept = Kept()
+        small, kept = new.clone().requires_grad_(), Kept()
         with kept.hooks():
-            loss, small = work()
+            loss = work(small)
         held = kept.mebibytes()
         loss.backward()
-        time_taken = seconds(lambda work=work: work()[0].backward(), args.repeats)
-        found.append((loss.item(), small.grad, time_taken, held))
+        gradient, small.grad = small.grad, None
+        spent = seconds(lambda work=work, small=small: work(small).backward(), args.repeats)
+        found.append((loss.item(), gradient, spent, held))
     (loss, gradient, slow, much), (value, other, fast, little) = found
     assert abs(loss - value) < 1e-5 * abs(loss)
     # looser: a pixel whose entropy lies at PLOP's threshold may fall to the other side
@@ -266,54 +268,54 @@ def train(method: str, flags: str, layout: torch.memory_format, classes: int, ar
     script, own = METHODS[method]
     data = {21: "--dataset voc --task 15-5", 151: "--dataset ade --task 100-50"}[classes]
     shape = f"--backbone {args.backbone} --weights none --crop {args.size} --batch {args.batch}"
-    spent = {"loss": 0.0, "optimiser": 0.0}
-    rates, clock = [], {}
-    update, strips, build = common.Run.update, common.Run.strips, common.Run.build
-    warm, counted = 5, args.iterations
+    warm, counted, rates = 5, args.iterations, []
+    total = warm + 2 * counted  # of them, the last `counted` with more clocks, which cost time
+    spent = dict.fromkeys(("dense", "optimiser", "all"), 0.0)
+    batches, dense, in_strips = common.Run.batches, common.Run.dense, common.in_strips
+    build = common.build_model
 
-    def open_data(run: common.Run) -> None:
-        samples = [(0, 0)] * args.batch * (warm + 2 * counted)
-        run.source, run.test_sets = common.Source(samples, samples[:1], "random"), []
-        run.sets = [[*range(1, classes)]] * len(samples)
-        run.images = [range(len(samples))] * len(run.plan)
+    def list_samples(*_: object) -> common.Source:
+        return common.Source([(0, 0)] * args.batch * total, [(0, 0)], "random")
 
-    def read(run: common.Run, view: common.View, keys: Iterator) -> Iterator:
+    def load_batches(view: common.View, keys: Iterator, typed: argparse.Namespace) -> Iterator:
+        step = common.task_steps(typed.task, classes - 1)[view.seed[1]]
         torch.manual_seed(0)
         images = torch.randn(args.batch, 3, args.size, args.size, device=DEVICE)
-        labels = torch.randint(run.step.first, run.step.last + 1, (args.batch, 16, 16)).double()
+        labels = torch.randint(step.first, step.last + 1, (args.batch, 16, 16)).double()
         labels[:, ::2] = common.BACKGROUND
         labels = F.interpolate(labels[None], (args.size, args.size))[0].long().to(DEVICE)
         for _ in keys:
             yield images.contiguous(memory_format=layout), labels
 
-    def detailed(run: common.Run) -> bool:
-        return run.iteration >= warm + counted
+    def timed(part: str, work: Callable) -> Callable:
+        def run(*given: object, **named: object) -> object:
+            begun = now()
+            result = work(*given, **named)
+            spent[part] += now() - begun
+            return result
 
-    def timed_strips(run: common.Run, *maps: Tensor) -> Iterator:
-        begun = now() if detailed(run) else 0.0
-        yield from strips(run, *maps)
-        spent["loss"] += now() - begun if detailed(run) else 0.0
+        return run
 
-    def timed_update(run: common.Run, losses: dict[str, Tensor]) -> None:
-        if run.iteration == warm + counted:  # from here on with more clocks, which cost time
-            rates.append(counted * args.batch / (now() - clock["begun"]))
-            clock["detail"], step = now(), run.optimizer.step
-            spent.update(loss=0.0, optimiser=0.0)
-
-            def timed_step() -> None:
-                begun = now()
-                step()
-                spent["optimiser"] += now() - begun
-
-            run.optimizer.step = timed_step
-        update(run, losses)
-        if run.iteration == warm:
-            clock["begun"] = now()
-        if run.iteration == run.total and run.step.index == 1:
-            spent["all"] = now() - clock["detail"]
+    def timed_batches(run, step, model, optimizer, *given, **named) -> Iterator:
+        todo = batches(run, step, model, optimizer, *given, **named)
+        for _ in range(warm):
+            yield next(todo)
+        begun = now()
+        yield from itertools.islice(todo, counted)
+        rates.append(counted * args.batch / (now() - begun))
+        with (
+            mock.patch.object(common.Run, "dense", timed("dense", dense)),
+            mock.patch.object(common, "in_strips", timed("dense", in_strips)),
+            mock.patch.object(optimizer, "step", timed("optimiser", optimizer.step)),
+        ):
+            spent.update(dict.fromkeys(spent, 0.0))
+            begun = now()
+            yield from todo
+            spent["all"] = now() - begun
+        if step.index == 1:
             raise Enough
 
-    def conclude(run: common.Run, step: common.Step, model: torch.nn.Module, timing: dict) -> None:
+    def conclude(run: common.Run, step: common.Step, model: torch.nn.Module, *_: object) -> None:
         torch.save({"model": model.state_dict()}, run.folder / f"step_{step.index}.pt")
 
     if DEVICE == "cuda":
@@ -321,26 +323,32 @@ def train(method: str, flags: str, layout: torch.memory_format, classes: int, ar
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.multiple(
-            common.Run,
-            open_data=open_data,
-            read=read,
-            strips=timed_strips,
-            update=timed_update,
-            conclude=conclude,
-            build=lambda run, step: build(run, step).to(memory_format=layout),
-            log=lambda run, text: None,
+            common,
+            list_samples=list_samples,
+            classes_in_image=lambda masks, _: [[*range(1, classes)]] * len(masks),
+            load_batches=load_batches,
+            build_model=lambda *given: build(*given).to(memory_format=layout),
         ),
+        mock.patch.multiple(common.Run, batches=timed_batches, conclude=conclude, say=silent),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(Enough),
     ):
-        sys.argv = [script.__file__, *f"{data} {shape} {own} {flags} --epochs 1".split()]
-        sys.argv += ["--out", folder]
+        main_of(script, f"{data} {shape} {own} {flags} --epochs 1 --out {folder}")
+    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if DEVICE == "cuda" else "-"
+    shares = (f"{100 * spent[part] / spent['all']:.0f}" for part in ("dense", "optimiser"))
+    return [*(f"{rate:.1f}" for rate in rates), *shares, peak]
+
+
+def silent(*_: object) -> None:
+    """In the place of Run.say."""
+
+
+def main_of(script: ModuleType, flags: str) -> None:
+    """A script's own loop."""
+    with mock.patch.object(sys, "argv", [script.__file__, *flags.split()]):
         typed = script.flags().parse_args()
         common.resolve(typed)
         script.main(typed)
-    peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if DEVICE == "cuda" else "-"
-    shares = (f"{100 * spent[part] / spent['all']:.0f}" for part in ("loss", "optimiser"))
-    return [*(f"{rate:.1f}" for rate in rates), *shares, peak]
 
 
 # ------------------------------------------------------------------------------------- contrast
@@ -423,9 +431,9 @@ def whole_then_crop(sample: tuple, crop: int, rng: np.random.Generator) -> tuple
 
 def loader(args: argparse.Namespace) -> None:
     """Images per second of one process on real pictures."""
-    source = common.open_source("voc", args.data, 0.0)
+    source = common.list_samples("voc", args.data)
     samples = source.train[: args.pictures]
-    view = common.View(samples, np.arange(256, dtype=np.uint8), args.size, (0, 0))
+    view = common.View(samples, np.arange(256, dtype=np.uint8), args.size, seed=(0, 0))
     rng = np.random.default_rng(0)
     torch.set_num_threads(1)
 
@@ -470,26 +478,24 @@ def iteration(classes: list[int], size: int, batch: int, repeats: int) -> tuple[
     images = torch.randn(batch, 3, size, size, device=DEVICE)
     old = sum(classes[:-1]) + 1
     labels = torch.randint(old, sum(classes) + 1, (batch, size, size), device=DEVICE)
-    run, kept = object.__new__(common.Run), Kept()
-    run.world = 1
+    run, kept = run_for_dense(size), Kept()
 
     def forward() -> Tensor:
-        run.added, run.small = {}, None
-        logits, _ = model(images, upsample=False)
+        logits, _ = model(images)
         with torch.no_grad():
-            old_logits, _ = old_model(images, upsample=False)
-        lean_mib(run, logits, old_logits, labels, old)
-        return (logits * run.leaf.grad).sum()
+            old_logits, _ = old_model(images)
+        return dense_mib(run, logits, old_logits, labels, old)
 
     def whole() -> None:
+        loss = forward()
         optimizer.zero_grad()
-        forward().backward()
+        loss.backward()
         optimizer.step()
 
     with kept.hooks():
-        product = forward()
+        loss = forward()
     held = kept.mebibytes()
-    product.backward()
+    loss.backward()
     return seconds(whole, repeats), held
 
 
@@ -499,35 +505,38 @@ def iteration(classes: list[int], size: int, batch: int, repeats: int) -> tuple[
 def gradients(args: argparse.Namespace) -> None:
     """ICD's terms: the root mean square of their gradients by each part's weights, in step 1."""
     parts = ("trunk.layer1", "trunk.layer2", "trunk.layer3", "trunk.layer4", "aspp", "head")
-    update = common.Run.update
+    batches, log, place = common.Run.batches, common.Run.log, {}
 
-    def measure(run: common.Run, terms: dict[str, Tensor]) -> None:
-        if run.step.index == 0 or run.iteration not in (1, 10, 100):
-            return update(run, terms)
-        for term in ("internal", "external"):
-            cells = []
-            for part in parts:
-                weights = [p for n, p in run.model.named_parameters() if n.startswith(part)]
-                found = torch.autograd.grad(terms[term], weights, retain_graph=True)
-                flat = torch.cat([g.flatten() for g in found])
-                cells.append(f"{flat.square().mean().sqrt():.1e}")
-            row(term, run.iteration, *cells)
-        if run.iteration == 100:
-            raise Enough
-        update(run, terms)
+    def counted(run, step, model, *given) -> Iterator:
+        for i, batch in enumerate(batches(run, step, model, *given)):
+            place.update(step=step.index, iteration=i, model=model)
+            yield batch
+
+    def measured(run: common.Run, found: dict[str, Tensor]) -> Tensor:
+        iteration = place["iteration"]
+        if place["step"] == 1 and iteration in (1, 10, 100):
+            for term in ("internal", "external"):
+                cells = []
+                for part in parts:
+                    named = place["model"].named_parameters()
+                    weights = [p for name, p in named if name.startswith(part)]
+                    gradient = torch.autograd.grad(found[term], weights, retain_graph=True)
+                    flat = torch.cat([g.flatten() for g in gradient])
+                    cells.append(f"{flat.square().mean().sqrt():.1e}")
+                row(term, iteration, *cells)
+            if iteration == 100:
+                raise Enough
+        return log(run, found)
 
     print("\nICD's gradients on shapes, 15-1, step 1, root mean square over the weights of a part")
     header("term", "iteration", *parts)
-    step0 = ["--step0", args.step0] if args.step0 else []
+    step0 = f"--step0 {args.step0}" if args.step0 else ""
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(common.Run, update=measure, log=lambda run, text: None),
+        mock.patch.multiple(common.Run, batches=counted, log=measured, say=silent),
         contextlib.suppress(Enough),
     ):
-        sys.argv = [icd.__file__, "--dataset", "shapes", "--out", folder, *step0]
-        typed = icd.flags().parse_args()
-        common.resolve(typed)
-        icd.main(typed)
+        main_of(icd, f"--dataset shapes --out {folder} {step0}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 import json
 import os
 import shlex
-import signal
 import sys
 from pathlib import Path
 
@@ -42,19 +41,7 @@ def few_shapes(monkeypatch):
 
 
 @pytest.fixture
-def own_signals():
-    """SIGINT and SIGTERM as in a terminal, whatever started pytest, and after a run again so."""
-    numbers = signal.SIGINT, signal.SIGTERM
-    before = [signal.getsignal(number) for number in numbers]
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def start(monkeypatch, capsys, tmp_path, data, own_signals):
+def start(monkeypatch, capsys, tmp_path, data):
     """Runs a script in this process; gives exit status, standard output and standard error.
 
     method      of the script, or the path of another one

@@ -30,9 +30,10 @@ sys.path.insert(0, str(ROOT))
 from trees import METHODS  # noqa: E402
 
 import common  # noqa: E402
+from data import shapes  # noqa: E402
 
 torch.set_num_threads(1)  # a forked child that waits for its parent's threads waits for ever
-common.SHAPES_TRAIN, common.SHAPES_TEST = 60, 12
+shapes.TRAIN, shapes.TEST = 60, 12
 FLAGS = (
     "--dataset shapes --task 10-5 --setting overlapped --crop 32 --batch 4 --epochs 3 --device cpu"
 )
@@ -149,8 +150,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     args = parser.parse_args()
     random.seed(args.seed)
-    for number in (*range(common.SHAPES_TRAIN), *range(-common.SHAPES_TEST, 0)):
-        common.draw(number)  # once for all children
+    for number in (*range(shapes.TRAIN), *range(-shapes.TEST, 0)):
+        shapes.draw(number)  # once for all children
     columns = ("method", "undisturbed", "kills", "in a write", "runs", "weights", "metrics.json")
     print("".join(name.ljust(14) for name in (*columns, "train.csv")), flush=True)
     all_equal = True

@@ -57,7 +57,6 @@ CASES = {  # a loss, its logits, its other arguments, the pixels it is a mean ov
     "dkd mbce": (dkd.mbce, Z[:, 3:], (LABELS, 3, 2.0, 255), VALID),
     "dkd mbce, void negative": (dkd.mbce, Z[:, 3:], (LABELS, 3, 2.0), None),
     "dkd kd": (dkd.kd, Z[:, 1:3], (OLD[:, 1:],), None),
-    "dkd kd, no old class": (dkd.kd, Z[:, 1:1], (OLD[:, 1:1],), None),
     "dkd auxiliary": (dkd.auxiliary_loss, Z[:, :1], (), None),
     "icd adaptive": (icd.adaptive_cross_entropy, Z, (LABELS, SHARE), None),
     "icd unbiased": (icd.unbiased_cross_entropy, Z, (LABELS, 3, True), VALID),
@@ -96,9 +95,9 @@ def test_logits_may_be_made_of_others(run, form):
         return z.logsumexp(1).square().mean()
 
     a, b = leaf(Z), leaf(OLD)
-    nothing = 0 * (a.sum() + b.sum())  # a path for those that a form does not use
+    both = Z.numel() + OLD.numel()
     ours, expected = run.dense(loss, form(a, b)), loss(full(form(a, b)))
-    assert_equal(ours + nothing, expected + nothing, a, b)
+    assert_equal(ours + (a.sum() + b.sum()) / both, expected + (a.sum() + b.sum()) / both, a, b)
 
 
 def test_losses_of_the_same_logits_add_up(run):
@@ -165,7 +164,7 @@ def test_maps_of_another_size_are_refused(run):
     with pytest.raises(ValueError, match=message):
         run.dense(mib.cross_entropy, leaf(Z), LABELS[:, :20, :20])
     with pytest.raises(ValueError, match=message):
-        run.dense(mib.distillation, leaf(Z), OLD, valid=VALID[:, :20])
+        run.dense(mib.distillation, leaf(Z), OLD, valid=VALID[:, :20] | True)
 
 
 def test_maps_in_strips_are_the_full_size_maps(rows):

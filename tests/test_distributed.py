@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from trees import METHODS, SMALL
+from trees import METHODS, SMALL, TINY
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 # runs all methods one after the other, BatchNorm frozen and without dropout: only then is a batch
 # in two halves the same as the whole
@@ -80,9 +81,13 @@ def test_two_processes_learn_what_one_does(tmp_path, data):
 def test_a_fault_of_one_process_ends_all_with_the_reason(tmp_path, data):
     done = launch(tmp_path, data, 2, ("ilt",), "--lr 1e30")
     assert done.returncode != 0 and "the loss is not finite in step 0" in done.stderr
-    done = launch(tmp_path, data, 2, ("ilt",), "--batch 5")
-    assert done.returncode != 0
-    assert "--batch 5: 2 processes share it, it has to be a multiple of 2" in done.stderr
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(start, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")  # as torchrun sets it
+    status, _, err = start(TINY + " --batch 5")
+    assert status == 2 and len(err.splitlines()) == 1
+    assert "--batch 5: 2 processes share it, it has to be a multiple of 2" in err
 
 
 @pytest.mark.parametrize("machines", [1, 2])

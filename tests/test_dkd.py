@@ -1,19 +1,17 @@
 """DKD's losses against the authors' functions (golden.json) and the formulas written out."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import trees
 from torch import nn
+from trees import EXACT, TINY, assert_as, value_and_gradient
 
 import common
 import dkd
-
-EXACT = {"rel": 1e-9, "abs": 1e-12}
-
-
-def norm(tensor):
-    return 0.0 if tensor.grad is None else tensor.grad.norm().item()
 
 
 def draw_labels(u, old, new):
@@ -24,8 +22,7 @@ def draw_labels(u, old, new):
     return torch.tensor(labels)
 
 
-def leaf(array):
-    return torch.tensor(array, dtype=torch.float64, requires_grad=True)
+# losses
 
 
 @pytest.mark.parametrize(
@@ -34,14 +31,14 @@ def leaf(array):
 def test_logit_losses_equal_the_authors(golden, case):
     expected = golden["dkd"][case]["results"]
     rng = np.random.default_rng(golden["dkd"][case]["seed"])
-    new, old = (2 * rng.standard_normal((2, c, 6, 5)) for c in (8, 5))
+    new, old = (torch.tensor(2 * rng.standard_normal((2, c, 6, 5))) for c in (8, 5))
     labels = draw_labels(rng.random((2, 6, 5)), 4, 3)
     if case != "logit_seed0":
         labels[:] = 255 if case == "logit_all_void" else 0
     if case == "logit_one_pixel":
         labels[1, 2, 3] = 6
     losses = {
-        "kd": lambda z: dkd.kd(z[:, 1:5], torch.tensor(old)[:, 1:]),
+        "kd": lambda z: dkd.kd(z[:, 1:5], old[:, 1:]),
         "ac": lambda z: dkd.auxiliary_loss(z[:, :1]),
         **{
             f"mbce_gamma{g}": lambda z, g=g: dkd.mbce(z[:, 5:], labels, 5, float(g))
@@ -50,11 +47,22 @@ def test_logit_losses_equal_the_authors(golden, case):
     }
     assert losses.keys() == expected.keys()
     for name, loss in losses.items():
-        z = leaf(new)
-        value = loss(z)
-        value.backward()
-        assert value.item() == pytest.approx(expected[name]["loss"], **EXACT)
-        assert norm(z) == pytest.approx(expected[name]["grad_norm_z_new"], **EXACT)
+        entry = expected[name]
+        assert_as(value_and_gradient(loss, new), entry["loss"], entry["grad_norm_z_new"], name)
+
+
+def test_mbce_ignores_a_label_on_request():
+    torch.manual_seed(0)
+    z, labels = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randint(0, 6, (2, 4, 5))
+    labels[0, :2] = 255
+    valid = labels != 255
+    target = torch.stack([(labels == c).double() for c in (3, 4, 5)], 1)
+    slow = F.binary_cross_entropy_with_logits(
+        z, target, reduction="none", pos_weight=torch.tensor(2.0)
+    ).sum(1)
+    ignored, negative = dkd.mbce(z, labels, 3, 2.0, ignore=255), dkd.mbce(z, labels, 3, 2.0)
+    assert ignored.item() == pytest.approx(slow[valid].mean().item())
+    assert negative.item() == pytest.approx(slow.mean().item())
 
 
 @pytest.mark.parametrize(
@@ -75,8 +83,7 @@ def test_decomposed_kd_equals_the_authors(golden, case):
         value = dkd.decomposed_kd(f, w[:4], f_old, w_old)[i]
         value.backward()
         expected = entry["results"][name]
-        assert value.item() == pytest.approx(expected["loss"], **EXACT)
-        assert norm(f) == pytest.approx(expected["grad_norm_f_new"], **EXACT)
+        assert_as((value.item(), f.grad), expected["loss"], expected["grad_norm_f_new"])
         old_rows = w.grad[:4].norm().item()
         assert old_rows == pytest.approx(expected["grad_norm_W_new_oldrows"], **EXACT)
         assert w.grad[4:].norm().item() == 0
@@ -94,107 +101,66 @@ def test_sum_of_losses_equals_the_authors(golden, case, first):
     groups = (
         {"aux": 1, "new": 4} if first else {"aux": 1, "old_group0": 3, "old_group1": 1, "new": 2}
     )
-    rows = sum(groups.values())
+    rows, old = sum(groups.values()), 0 if first else 4
     features = [np.maximum(rng.standard_normal((2, 8, 3, 4)), 0) for _ in range(1 if first else 2)]
-    weight, bias = 0.5 * rng.standard_normal((rows, 8)), 0.1 * rng.standard_normal(rows)
+    weight, bias = (
+        torch.tensor(v)
+        for v in (0.5 * rng.standard_normal((rows, 8)), 0.1 * rng.standard_normal(rows))
+    )
     if not first:
         old_weight = torch.tensor(0.5 * rng.standard_normal((5, 8)))
         old_bias, f_old = torch.tensor(0.1 * rng.standard_normal(5)), torch.tensor(features[1])
-    old = 0 if first else 4
     labels = draw_labels(rng.random((2, 12, 16)), old, groups["new"])
-    parts = {}
-    for name, (w, b) in zip(
-        groups,
-        zip(
-            *(np.split(v, np.cumsum([*groups.values()])[:-1]) for v in (weight, bias)), strict=True
-        ),
-        strict=True,
-    ):
-        kind = dkd.Auxiliary if name == "aux" else nn.Conv2d
-        parts[name] = kind(8, len(w), 1).double()
-        parts[name].weight.data, parts[name].bias.data = (
-            torch.tensor(w)[..., None, None],
-            torch.tensor(b),
-        )
+    sizes = [*groups.values()]
+    parts = nn.ModuleDict({name: nn.Conv2d(8, n, 1).double() for name, n in groups.items()})
+    for part, w, b in zip(parts.values(), weight.split(sizes), bias.split(sizes), strict=True):
+        part.weight.data, part.bias.data = w[..., None, None], b
+    parts["aux"].register_forward_pre_hook(lambda _, inputs: inputs[0].detach())  # as in main
 
     def terms(f):
-        up = lambda z: F.interpolate(z, scale_factor=4, mode="bilinear", align_corners=False)  # noqa: E731
-        z = up(torch.cat([part(f) for part in parts.values()], 1))
+        z = common.upsample(torch.cat([part(f) for part in parts.values()], 1), (12, 16))
         losses = {
             "mbce": dkd.mbce(z[:, old + 1 :], labels, old + 1, entry["gamma"]),
             "ac": dkd.auxiliary_loss(z[:, :1]),
         }
         if not first:
-            z_old = up(F.conv2d(f_old, old_weight[..., None, None], old_bias))
-            losses["kd"] = dkd.kd(z[:, 1:5], z_old[:, 1:])
+            z_old = F.conv2d(f_old, old_weight[..., None, None], old_bias)
+            losses["kd"] = dkd.kd(z[:, 1:5], common.upsample(z_old, (12, 16))[:, 1:])
             rows = torch.cat([p.weight.flatten(1) for p in parts.values()])
             distilled = dkd.decomposed_kd(f, rows[1:5], f_old, old_weight[1:])
             losses["dkd_pos"], losses["dkd_neg"] = distilled
         losses["total"] = sum((5 if n[:2] in ("kd", "dk") else 1) * v for n, v in losses.items())
         return losses, z
 
-    for name in terms(torch.tensor(features[0]))[0]:
-        f = leaf(features[0])
-        for part in parts.values():
-            part.zero_grad()
-        losses, z = terms(f)
-        losses[name].backward()
+    losses, z = terms(torch.tensor(features[0]))
+    assert losses.keys() == entry["results"].keys() - {"prediction_counts"}
+    for name in losses:
+        parts.zero_grad()
+        found = value_and_gradient(
+            lambda f, name=name: terms(f)[0][name], torch.tensor(features[0])
+        )
         expected = entry["results"][name]
-        assert losses[name].item() == pytest.approx(expected["loss"], **EXACT)
-        assert norm(f) == pytest.approx(expected["grad_norm"]["f_new"], **EXACT)
+        assert_as(found, expected["loss"], expected["grad_norm"]["f_new"], name)
         for key, value in expected["grad_norm"].items():
             if key != "f_new":
                 part, which = key.split(".")
-                assert norm(getattr(parts[part], which)) == pytest.approx(value or 0.0, **EXACT)
+                gradient = getattr(parts[part], which).grad
+                norm = 0.0 if gradient is None else gradient.norm().item()
+                assert norm == pytest.approx(value or 0.0, **EXACT)
     if not first:
         found, counts = dkd.predict(z).unique(return_counts=True)
         counted = dict(zip(map(str, found.tolist()), counts.tolist(), strict=True))
         assert counted == entry["results"]["prediction_counts"]
 
 
-def test_new_classifiers_start_from_the_auxiliary_one(golden):
-    expected = golden["dkd"]["init_novel"]["results"]
-    rng = np.random.default_rng(7)
-    weight, bias = torch.tensor(rng.standard_normal((6, 5))), torch.tensor(rng.standard_normal(6))
-
-    class Model:
-        classifiers = [nn.Conv2d(5, n, 1).double() for n in (1, 3, 2)]  # noqa: RUF012
-
-    for part, w, b in zip(
-        Model.classifiers, weight.split([1, 3, 2]), bias.split([1, 3, 2]), strict=True
-    ):
-        part.weight.data, part.bias.data = w[..., None, None].clone(), b.clone()
-    dkd.initialise(Model, "auxiliary")
-    auxiliary, old, new = Model.classifiers
-    assert (new.weight == auxiliary.weight).all() and (new.bias == auxiliary.bias).all()
-    assert new.weight.sum().item() == pytest.approx(expected["sum_new_weight"], **EXACT)
-    assert new.bias.sum().item() == pytest.approx(expected["sum_new_bias"], **EXACT)
-    assert old.weight.sum().item() == pytest.approx(expected["sum_old_weight_unchanged"], **EXACT)
-
-
-def test_mbce_ignores_a_label_on_request():
-    torch.manual_seed(0)
-    z, labels = torch.randn(2, 3, 4, 5, dtype=torch.float64), torch.randint(0, 6, (2, 4, 5))
-    labels[0, :2] = 255
-    valid = labels != 255
-    target = torch.stack([(labels == c).double() for c in (3, 4, 5)], 1)
-    slow = F.binary_cross_entropy_with_logits(
-        z, target, reduction="none", pos_weight=torch.tensor(2.0)
-    ).sum(1)
-    assert dkd.mbce(z, labels, 3, 2.0, ignore=255).item() == pytest.approx(
-        slow[valid].mean().item()
-    )
-    assert dkd.mbce(z, labels, 3, 2.0).item() == pytest.approx(slow.mean().item())
-
-
 def test_losses_are_finite_with_a_gradient_on_empty_input():
-    z = torch.randn(1, 2, 3, 3, requires_grad=True)
     void = torch.full((1, 3, 3), 255)
-    for loss in (dkd.mbce(z, void, 1, 2.0, ignore=255), dkd.kd(z[:, :0], z.detach()[:, :0])):
-        assert loss.item() == 0
-        z.grad = None
-        loss.backward()
-        assert (z.grad == 0).all()
+    for loss in (
+        lambda z: dkd.mbce(z, void, 1, 2.0, ignore=255),
+        lambda z: dkd.kd(z[:, :0], z.detach()[:, :0]),
+    ):
+        value, gradient = value_and_gradient(loss, torch.randn(1, 2, 3, 3))
+        assert value == 0 and (gradient == 0).all()
 
 
 @pytest.mark.parametrize("scale", [1e4, -1e4])
@@ -218,23 +184,55 @@ def test_gradients_of_the_losses():
     assert torch.autograd.gradcheck(lambda f, w: dkd.decomposed_kd(f, w, *frozen), (f, w))
 
 
-def test_prediction_is_background_where_no_class_exceeds_one_half():
-    z = torch.tensor([[9.0, -1.0, -2.0], [9.0, 1.0, 2.0], [9.0, 0.0, -1.0]])[..., None, None]
-    assert dkd.predict(z).flatten().tolist() == [0, 2, 0]
+# a step
 
 
-def test_weight_decay_and_rates_follow_the_code():
-    model = common.DeepLabV3("small", 8, [3, 1])
-    args = dkd.flags().parse_args(["--dataset", "shapes"])
-    for first in (True, False):
-        groups = dkd.parameter_groups(model, 0.1, args, first)
-        tensors = [[*group["params"]] for group in groups]
-        assert sum(map(len, tensors)) == len([*model.parameters()])
-        assert [group["lr"] for group in groups] == [0.1, 1.0, 1.0]
-        decay = [group["weight_decay"] for group in groups]
-        assert decay == ([1e-4] * 3 if first else [0.0, 0.0, 1e-4])
-        newest = {id(p) for p in model.classifiers[-1].parameters()}
-        assert {id(p) for p in tensors[2]} == newest
+def test_the_auxiliary_classifier_never_teaches_the_features(start, monkeypatch):
+    """In the model as main makes it."""
+    made = []
+
+    def batches(run, step, model, optimizer, **_):
+        made.append(model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common.Run, "batches", batches)
+    assert start(TINY)[0] == 130
+    (model,) = made
+    logits, _ = model(torch.randn(2, 3, 64, 64))
+    dkd.auxiliary_loss(logits[:, :1]).backward()
+    assert model.classifiers[0].weight.grad.norm() > 0
+    learns = [p for k, p in model.named_parameters() if not k.startswith("classifiers.")]
+    assert all(p.grad is None or p.grad.norm() == 0 for p in learns)
+
+
+def test_new_classifiers_start_from_the_auxiliary_one(golden):
+    expected = golden["dkd"]["init_novel"]["results"]
+    rng, sizes = np.random.default_rng(7), (1, 3, 2)
+    weight, bias = torch.tensor(rng.standard_normal((6, 5))), torch.tensor(rng.standard_normal(6))
+    model = common.DeepLabV3("small", 8, sizes[1:])
+    model.classifiers = nn.ModuleList(nn.Conv2d(5, n, 1).double() for n in sizes)
+    for part, w, b in zip(model.classifiers, weight.split(sizes), bias.split(sizes), strict=True):
+        part.weight.data, part.bias.data = w[..., None, None].clone(), b.clone()
+    dkd.initialise(model, "auxiliary")
+    auxiliary, old, new = model.classifiers
+    assert (new.weight == auxiliary.weight).all() and (new.bias == auxiliary.bias).all()
+    assert new.weight.sum().item() == pytest.approx(expected["sum_new_weight"], **EXACT)
+    assert new.bias.sum().item() == pytest.approx(expected["sum_new_bias"], **EXACT)
+    assert old.weight.sum().item() == pytest.approx(expected["sum_old_weight_unchanged"], **EXACT)
+    dkd.initialise(model, "random")
+    assert new.weight.unique().numel() == new.weight.numel()
+    assert torch.equal(auxiliary.weight.flatten(), weight[0])
+
+
+def test_in_step_0_all_behind_the_trunk_is_random():
+    model = common.DeepLabV3("small", 8, [3])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    dkd.initialise_all(model)
+    changed = {k for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    behind = (("trunk." not in k) and v.ndim == 4 for k, v in before.items())
+    assert changed == {k for k, is_behind in zip(before, behind, strict=True) if is_behind}
+    deviation = (2 / (64 * 9)) ** 0.5  # Kaiming's, of a 3x3 convolution of 64 channels
+    assert model.head[0].weight.std().item() == pytest.approx(deviation, rel=0.05)
 
 
 def test_frozen_means_no_statistics_no_weights_no_dropout():
@@ -249,10 +247,51 @@ def test_frozen_means_no_statistics_no_weights_no_dropout():
     assert all(p.requires_grad for p in model.classifiers.parameters())
 
 
-def test_the_auxiliary_classifier_never_teaches_the_features():
-    model = common.DeepLabV3("small", 8, [3])
-    model.classifiers[0].__class__ = dkd.Auxiliary
-    logits, _ = model(torch.randn(2, 3, 64, 64))
-    dkd.auxiliary_loss(logits[:, :1]).backward()
-    assert model.classifiers[0].weight.grad.norm() > 0
-    assert model.trunk.conv1.weight.grad is None or model.trunk.conv1.weight.grad.norm() == 0
+@pytest.mark.parametrize("first", [True, False])
+def test_weight_decay_and_rates_follow_the_code(first):
+    model, args = common.DeepLabV3("small", 8, [3, 1]), trees.arguments("dkd", "--dataset shapes")
+    optimizer = dkd.sgd(model, 0.1, args, first)
+    groups = optimizer.param_groups
+    ids = [{id(p) for p in group["params"]} for group in groups]
+    assert ids[0] == {id(p) for p in model.trunk.parameters()}
+    assert ids[2] == {id(p) for p in model.classifiers[-1].parameters()}
+    assert sum(map(len, ids)) == len({*ids[0], *ids[1], *ids[2]}) == len([*model.parameters()])
+    assert [group["lr"] for group in groups] == [0.1, 1.0, 1.0]
+    decay = [group["weight_decay"] for group in groups]
+    assert decay == ([1e-4] * 3 if first else [0.0, 0.0, 1e-4])
+    assert all(group["momentum"] == 0.9 and group["nesterov"] for group in groups)
+
+
+def test_prediction_is_background_where_no_class_exceeds_one_half():
+    z = torch.tensor([[9.0, -1.0, -2.0], [9.0, 1.0, 2.0], [9.0, 0.0, -1.0]])[..., None, None]
+    assert dkd.predict(z).flatten().tolist() == [0, 2, 0]
+
+
+def test_a_memory_is_balanced_and_kept(data, tmp_path):
+    flags = f"{TINY} --task 18-1 --memory 18 --data {data} --out {tmp_path}"
+    run = common.Run(trees.arguments("dkd", flags), dkd.predict, "")
+    run.folder.mkdir()
+    first, second = run.data.steps[1:]
+
+    def memory(step, old_model):
+        chosen = dkd.choose_memory(run, step, old_model)
+        kept = json.loads((run.folder / f"memory_{step.index}.json").read_text())
+        assert chosen == [i for i, _ in kept] and len(chosen) == 18
+        assert dkd.choose_memory(run, step, None) == chosen  # nothing is looked at again
+        return kept
+
+    kept = memory(first, None)  # step 0's labels are whole: no model is asked
+    for i, ids in kept:
+        assert {*ids} - {0} == {*trees.CLASSES[i]} & {*range(1, 19)}
+    assert {c for _, ids in kept for c in ids} == {*range(19)}
+
+    old_model = run.build(first).eval()
+    for sure in (-9.0, 9.0):  # probability of class 5 everywhere, of the others none
+        for classifier in old_model.classifiers:
+            classifier.weight.data.zero_()
+            classifier.bias.data.fill_(-9.0)
+        old_model.classifiers[1].bias.data[4] = sure
+        later = memory(second, old_model)
+        news = [ids for i, ids in later if [i, ids] not in kept]
+        assert news and all({*ids} == ({19, 5} if sure > 0 else {0, 19}) for ids in news)
+        (run.folder / "memory_2.json").unlink()

@@ -2,26 +2,28 @@
 
 import ast
 import inspect
+import itertools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from test_ucd import pod_inputs
+import trees
 from torch import nn
-from trees import TINY
+from trees import EXACT, TINY
 
 import common
+import dkd
 import icd
+import ilt
+import mib_unbiased as mib
 import ucd
-
-EXACT = {"rel": 1e-9, "abs": 1e-12}
 
 
 def test_statistics_and_matching_equal_the_reference(golden):
     expected = golden["icd"]
-    old, new, _ = pod_inputs()
+    old, new, _ = trees.levels_and_logits()
     each = [
         (F.normalize(x, dim=1) - F.normalize(y, dim=1)).square().sum(1).mean().item()
         for x, y in zip(icd.statistics(new[1]), icd.statistics(old[1]), strict=True)
@@ -33,8 +35,8 @@ def test_statistics_and_matching_equal_the_reference(golden):
     assert sum(halves) / 2 == pytest.approx(total, **EXACT)
     distance = icd.hierarchical_distance(new[1], old[1]).item()
     assert distance == pytest.approx(expected["ReviewKD_HCL_layer1"], **EXACT)
-    pod = icd.local_pod(new, old).item()
-    assert pod == pytest.approx(sum(golden["plop"]["each_layer_pow_factor1"]) / 4, **EXACT)
+    pods = [icd.local_pod(x, y).item() for x, y in zip(new, old, strict=True)]
+    assert pods == pytest.approx(golden["plop"]["each_layer_pow_factor1"], **EXACT)
 
 
 def test_the_attention_gate_equals_the_reference(golden):
@@ -69,7 +71,7 @@ def test_equal_maps_have_no_distance_and_no_gradient():
     maps, module = levels(), external()
     leaves = [m.clone().requires_grad_() for m in maps]
     loss = icd.internal_distillation(leaves, maps) + module(leaves, maps)
-    loss = loss + icd.local_pod(leaves, maps)
+    loss = loss + sum(icd.local_pod(x, y) for x, y in zip(leaves, maps, strict=True))
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-12)
     assert all(m.grad.isfinite().all() and m.grad.norm() < 1e-6 for m in leaves)
@@ -124,29 +126,91 @@ def test_the_seed_leaves_other_random_numbers_alone():
     assert torch.equal(torch.rand(1), before)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "entropy",
-        "pseudo_labels",
-        "sure_share",
-        "adaptive_cross_entropy",
-        "median_entropies",
-        "unbiased_cross_entropy",
-        "unbiased_distillation",
-        "initialise",
-    ],
-)
-def test_the_bases_are_those_of_ucd(name):
-    """Repeated, so that each file can be read alone; tested in test_ucd.py."""
+# a step
+
+
+@pytest.mark.parametrize("flags", ["--levels 5 1", "--levels 7", "--levels 2"])
+def test_levels_that_cannot_be(start, flags):
+    status, _, err = start(f"{TINY} {flags}", method="icd")
+    assert status == 2 and "--levels" in err and len(err.splitlines()) == 1
+
+
+def test_the_five_levels_of_the_network():
+    model = common.DeepLabV3("resnet18", 16, [3]).eval()
+    with torch.no_grad():
+        maps = model(torch.randn(1, 3, 64, 96))[1]
+        five = icd.levels_of(maps, [1, 2, 3, 4, 5])
+    assert [m.shape[1] for m in five] == [64, 128, 256, 512, 256]
+    assert any((m < 0).any() for m in five[:4])
+    assert isinstance(model.head[2], nn.ReLU)
+    some = icd.levels_of(maps, [2, 5])
+    assert torch.equal(some[0], five[1]) and torch.equal(some[1], maps["head"])
+
+
+# what several scripts have, repeated so that each can be read alone
+
+SAME = {  # name: scripts whose function of this name has the same text
+    **dict.fromkeys(("pod", "local_pod", "entropy", "median", "published_median"), (icd, ucd)),
+    **dict.fromkeys(("find_thresholds", "pseudo_labels", "sure_share"), (icd, ucd)),
+    **dict.fromkeys(("adaptive_cross_entropy", "unbiased_cross_entropy"), (icd, ucd)),
+    **dict.fromkeys(("unbiased_distillation", "initialise"), (icd, ucd)),
+    "sgd": (icd, ilt, mib, ucd),
+}
+OTHER = {  # name: why another script's function of this name has another text
+    "main": "each has its own",
+    "flags": "each has its own",
+    "sgd": "DKD decays the newest classifier alone",
+    "initialise": "DKD: from the auxiliary classifier; MiB with its comment",
+    "pseudo_labels": "MiB: of all background",
+    "statistics": "ICD: of maps; MiB: of BatchNorm",
+    "cross_entropy": "written otherwise; test_ilt.py compares the values",
+    "unbiased_cross_entropy": "MiB with its comments; compared below",
+    "unbiased_distillation": "MiB with alpha and mask; compared below",
+}
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_functions_of_one_name_have_one_text(name):
+    """Their values: test_ucd.py."""
+    found = {inspect.getsource(getattr(m, name)).replace("torch.nn.", "nn.") for m in SAME[name]}
+    assert len(found) == 1
+
+
+def test_no_other_function_is_in_two_scripts():
+    for a, b in itertools.combinations((dkd, icd, ilt, mib, ucd), 2):
+        for name, value in vars(a).items():
+            if inspect.isfunction(value) and value.__module__ == a.__name__ and hasattr(b, name):
+                assert {a, b} <= {*SAME.get(name, ())} or name in OTHER, (name, a, b)
+
+
+def test_mibs_losses_are_the_same_in_three_scripts():
+    torch.manual_seed(0)
+    z, z_old = torch.randn(2, 7, 4, 5).double(), torch.randn(2, 4, 4, 5).double()
+    labels = torch.randint(0, 8, (2, 4, 5))
+    labels[labels == 7] = 255
+    values = set()
+    for old, keep in itertools.product((1, 4), (False, True)):
+        found = [m.unbiased_cross_entropy(z, labels, old, keep).item() for m in (mib, ucd, icd)]
+        assert len({*found}) == 1
+        values |= {*found}
+    assert len(values) == 3  # `keep` matters where there are old classes
+    assert len({m.unbiased_distillation(z, z_old).item() for m in (mib, ucd, icd)}) == 1
+
+
+def test_mibs_initialisation_is_the_same_in_three_scripts():
+    """But for docstring and comments."""
 
     def code(module):
-        (tree,) = ast.parse(inspect.getsource(getattr(module, name))).body
-        return [ast.dump(line) for line in tree.body[1:]]  # without the docstring
+        (tree,) = ast.parse(inspect.getsource(module.initialise)).body
+        return [ast.dump(line) for line in tree.body[1:]]
 
-    assert code(icd) == code(ucd)
+    assert code(mib) == code(ucd) == code(icd)
 
 
+# whole runs
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
@@ -166,28 +230,15 @@ def test_every_row_of_the_ablation_runs(start, flags, parts):
     assert header == {"step", "iteration", "lr_factor", *parts}
 
 
+@pytest.mark.slow
 def test_trained_attention_learns_in_step_0_and_then_stays(start):
     flags = f"{TINY} --task 18-1 --epochs 1 --attention trained"
     assert start(flags, method="icd")[0] == 0
     folder = Path("runs/icd-voc-18-1-overlapped-s0")
     states = [torch.load(folder / f"step_{k}.pt", weights_only=True)["model"] for k in range(3)]
-    assert any(k.startswith("external.") for k in states[0])
-    assert not any(k.startswith("external.") for state in states[1:] for k in state)
+    own = [k for k in states[0] if k.startswith(("external.", "auxiliary."))]
+    assert all(torch.equal(state[k], states[0][k]) for state in states[1:] for k in own)
     fresh = icd.ExternalDistillation([16, 32, 64, 128, 64]).state_dict()
     assert not torch.equal(states[0]["external.project.0.weight"], fresh["project.0.weight"])
     status, _, err = start(f"{flags} --step0 {folder}/step_0.pt --out two", method="icd")
     assert status == 2 and "it learns in step 0, so without --step0" in err
-
-
-@pytest.mark.parametrize("flags", ["--levels 5 1", "--levels 7", "--levels 2"])
-def test_levels_that_cannot_be(start, flags):
-    status, _, err = start(f"{TINY} {flags}", method="icd")
-    assert status == 2 and "--levels" in err and len(err.splitlines()) == 1
-
-
-def test_the_five_levels_of_the_network():
-    model = common.DeepLabV3("resnet18", 16, [3]).eval()
-    with torch.no_grad():
-        maps = icd.maps_of(model(torch.randn(1, 3, 64, 96))[1])
-    assert [m.shape[1] for m in maps] == [64, 128, 256, 512, 256]
-    assert any((m < 0).any() for m in maps[:4]) and isinstance(model.head[2], nn.ReLU)

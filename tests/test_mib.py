@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import trees
 from torch import nn
-from trees import METHODS, TINY
+from trees import EXACT, METHODS, TINY, assert_as, value_and_gradient
 
 import common
 import mib_unbiased as mib
 
-EXACT = {"rel": 1e-9, "abs": 1e-12}
 FLOAT32 = {"rel": 1e-6, "abs": 1e-6}  # the published function casts to float32
 CASES = [
     "voc15-1_step1_seed11",
@@ -47,6 +47,9 @@ def draw(case):
     return z, z_old, labels
 
 
+# losses
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_losses_equal_the_authors(golden, name):
     """The authors divide cross-entropy by all pixels, ours by the valid ones: "trainer"."""
@@ -75,16 +78,14 @@ def test_losses_equal_the_authors(golden, name):
     binary = lambda z: mib.binary_distillation(z, z_old)  # noqa: E731
     losses["lwfmc_total_w10"] = weighted(losses["lwfmc_bce_part"], 10, binary)
     for key, expected in case["results"].items():
-        leaf = z.clone().requires_grad_()
-        value = losses[key](leaf)
-        value.backward()
+        value, gradient = value_and_gradient(losses[key], z)
         near = FLOAT32 if key.startswith("lwfmc") else EXACT
         if expected["loss"] is None:  # not a number there, 0 here
-            assert value.item() == 0 and (leaf.grad == 0).all()
+            assert value == 0 and (gradient == 0).all()
             continue
-        assert value.item() == pytest.approx(expected["loss"], **near), key
-        assert leaf.grad.norm().item() == pytest.approx(expected["grad_norm"], **near), key
-        background = leaf.grad[:, 0].norm().item()
+        assert value == pytest.approx(expected["loss"], **near), key
+        assert gradient.norm().item() == pytest.approx(expected["grad_norm"], **near), key
+        background = gradient[:, 0].norm().item()
         assert background == pytest.approx(expected["grad_norm_channel0"], **near), key
 
 
@@ -96,58 +97,18 @@ def test_masked_distillation_equals_the_authors(golden):
     mask = labels == 0
     assert mask.sum() == expected["n_mask"]
     for key, loss in (("kd", mib.distillation), ("unkd", mib.unbiased_distillation)):
-        leaf = z.clone().requires_grad_()
-        value = loss(leaf, z_old, mask=mask)
-        value.backward()
-        assert value.item() == pytest.approx(expected[key]["loss"], **EXACT)
-        assert leaf.grad.norm().item() == pytest.approx(expected[key]["grad_norm"], **EXACT)
+        found = value_and_gradient(lambda z, loss=loss: loss(z, z_old, mask=mask), z)
+        assert_as(found, expected[key]["loss"], expected[key]["grad_norm"], key)
 
 
 def test_an_old_model_equal_to_the_merged_new_one_has_no_gradient(golden):
     z = torch.tensor(np.random.default_rng(80).standard_normal((1, 21, 3, 3)) * 2)
     merged = torch.cat([z[:, :1], z[:, 16:]], 1).logsumexp(1, keepdim=True)
-    leaf = z.clone().requires_grad_()
-    loss = mib.unbiased_distillation(leaf, torch.cat([merged, z[:, 1:16]], 1))
-    loss.backward()
-    assert loss.item() == pytest.approx(golden["mib"]["fixed_point"]["loss"], **EXACT)
-    assert leaf.grad.norm() < 1e-15
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_new_classifiers_share_the_backgrounds_probability(golden, which):
-    expected = golden["mib"]["classifier_init"][which]
-    rng, (first, new) = np.random.default_rng(expected["seed"]), expected["classes"]
-    heads = [
-        (torch.tensor(rng.standard_normal((n, 4, 1, 1))), torch.tensor(rng.standard_normal(n)))
-        for n in (first, new)
-    ]
-    x = torch.tensor(rng.standard_normal((1, 4, 1, 1)))
-    heads[:1] = [tuple(v[:1] for v in heads[0]), tuple(v[1:] for v in heads[0])]
-
-    class Model:
-        classifiers = [nn.Conv2d(4, len(b), 1).double() for _, b in heads]  # noqa: RUF012
-
-    for conv, (weight, bias) in zip(Model.classifiers, heads, strict=True):
-        conv.weight.data, conv.bias.data = weight.clone(), bias.clone()
-    background, old, added = Model.classifiers
-    before = torch.cat([background(x), old(x)], 1).softmax(1).flatten()
-    mib.initialise(Model)
-    after = torch.cat([conv(x) for conv in Model.classifiers], 1).softmax(1).flatten()
-    assert background.bias.item() == pytest.approx(expected["after"]["b_bkg"], abs=1e-6)
-    assert added.bias.tolist() == pytest.approx(expected["after"]["new_head_bias"], abs=1e-6)
-    row = expected["after"]["new_head_weight_row0"]
-    assert all(w.flatten().tolist() == pytest.approx(row, abs=1e-6) for w in added.weight)
-    assert torch.equal(old.weight, heads[1][0]) and torch.equal(old.bias, heads[1][1])
-    assert torch.equal(background.weight, heads[0][0])
-    assert before[0].item() == pytest.approx(expected["probs"]["p_old_bkg"], rel=1e-6)
-    assert after[0].item() == pytest.approx(expected["probs"]["p_new_bkg"], rel=1e-6)
-    assert after[first:].tolist() == pytest.approx(expected["probs"]["p_new_each_new"], rel=1e-6)
-    assert after[1:first].tolist() == pytest.approx(before[1:].tolist())
-
-
-def test_the_rate_falls_as_in_the_authors_code(golden):
-    rates = [0.01 * common.poly(i, 10) for i in range(10)]
-    assert rates == pytest.approx(golden["mib"]["poly_lr"], **EXACT)
+    value, gradient = value_and_gradient(
+        lambda z: mib.unbiased_distillation(z, torch.cat([merged, z[:, 1:16]], 1).detach()), z
+    )
+    assert value == pytest.approx(golden["mib"]["fixed_point"]["loss"], **EXACT)
+    assert gradient.norm() < 1e-15
 
 
 def slow_unbiased(z, labels, old, keep=False):
@@ -214,6 +175,12 @@ def test_gradients_of_the_losses():
         assert torch.autograd.gradcheck(loss, z)
 
 
+def test_pseudo_labels_stand_in_for_background():
+    z_old = torch.tensor([[0.0, 3, 1], [9.0, 8, 7], [0.0, 3, 1], [0.0, 3, 1]]).T[None, :, None]
+    found = mib.pseudo_labels(z_old, torch.tensor([[[0, 0, 4, 255]]]))
+    assert found.flatten().tolist() == [1, 0, 4, 255]
+
+
 @pytest.mark.parametrize("scale", [60.0, 1e4])
 def test_losses_are_finite_for_huge_logits_and_without_a_valid_pixel(scale):
     torch.manual_seed(2)
@@ -228,6 +195,39 @@ def test_losses_are_finite_for_huge_logits_and_without_a_valid_pixel(scale):
     assert mib.unbiased_cross_entropy(z, void, 3) == 0 == mib.binary_cross_entropy(z, void)
 
 
+# a step
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_new_classifiers_share_the_backgrounds_probability(golden, which):
+    expected = golden["mib"]["classifier_init"][which]
+    rng, (first, new) = np.random.default_rng(expected["seed"]), expected["classes"]
+    heads = [
+        (torch.tensor(rng.standard_normal((n, 4, 1, 1))), torch.tensor(rng.standard_normal(n)))
+        for n in (first, new)
+    ]
+    x = torch.tensor(rng.standard_normal((1, 4, 1, 1)))
+    heads[:1] = [tuple(v[:1] for v in heads[0]), tuple(v[1:] for v in heads[0])]
+    model = common.DeepLabV3("small", 8, [first - 1, new])
+    model.classifiers = nn.ModuleList(nn.Conv2d(4, len(b), 1).double() for _, b in heads)
+    for conv, (weight, bias) in zip(model.classifiers, heads, strict=True):
+        conv.weight.data, conv.bias.data = weight.clone(), bias.clone()
+    background, old, added = model.classifiers
+    before = torch.cat([background(x), old(x)], 1).softmax(1).flatten()
+    mib.initialise(model)
+    after = torch.cat([conv(x) for conv in model.classifiers], 1).softmax(1).flatten()
+    assert background.bias.item() == pytest.approx(expected["after"]["b_bkg"], abs=1e-6)
+    assert added.bias.tolist() == pytest.approx(expected["after"]["new_head_bias"], abs=1e-6)
+    row = expected["after"]["new_head_weight_row0"]
+    assert all(w.flatten().tolist() == pytest.approx(row, abs=1e-6) for w in added.weight)
+    assert torch.equal(old.weight, heads[1][0]) and torch.equal(old.bias, heads[1][1])
+    assert torch.equal(background.weight, heads[0][0])
+    assert before[0].item() == pytest.approx(expected["probs"]["p_old_bkg"], rel=1e-6)
+    assert after[0].item() == pytest.approx(expected["probs"]["p_new_bkg"], rel=1e-6)
+    assert after[first:].tolist() == pytest.approx(expected["probs"]["p_new_each_new"], rel=1e-6)
+    assert after[1:first].tolist() == pytest.approx(before[1:].tolist())
+
+
 def test_right_after_initialisation_the_unbiased_losses_are_at_their_least():
     """Old classes keep their outputs, distillation has no gradient: what Sec. 3.3 is for."""
     torch.manual_seed(3)
@@ -239,16 +239,18 @@ def test_right_after_initialisation_the_unbiased_losses_are_at_their_least():
     p, p_old = z.softmax(1), z_old.softmax(1)
     assert torch.allclose(p[:, 1:4], p_old[:, 1:], atol=1e-6)
     assert torch.allclose(3 * p[:, [0, 4, 5]], p_old[:, :1].expand(-1, 3, -1, -1), atol=1e-5)
-    leaf = z.detach().double().requires_grad_()
-    mib.unbiased_distillation(leaf, z_old.double()).backward()
-    assert leaf.grad.norm() < 1e-7
+    z_old = z_old.detach().double()
+    _, gradient = value_and_gradient(lambda z: mib.unbiased_distillation(z, z_old), z.double())
+    assert gradient.norm() < 1e-7
     assert math.isclose(p.sum(1).mean().item(), 1, rel_tol=1e-5)
 
 
+def test_the_rate_falls_as_in_the_authors_code(golden):
+    rates = [0.01 * common.poly(i, 10) for i in range(10)]
+    assert rates == pytest.approx(golden["mib"]["poly_lr"], **EXACT)
+
+
 # the grid
-
-
-FOLDER = Path("runs/mib_unbiased-voc-19-1-overlapped-s0")
 
 
 def losses_in(folder):
@@ -256,6 +258,7 @@ def losses_in(folder):
     return dict(zip(header.split(","), rows[-1].split(","), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "name", "parts"),
     [
@@ -292,21 +295,22 @@ def test_the_weight_of_distillation_follows_the_author():
         assert mib.distillation_weight(mib.flags().parse_args(flags.split())) == weight
 
 
-class Plan:
-    """As much of a run as the functions of a step's set-up read: three classes, then one each."""
-
-    order = (2, 1, 3, 4, 5)
-    labels = common.Run.labels
-    sets = ([1, 2], [3, 4], [4, 5], [1], [2, 5], [3], [4])
-
-    def __init__(self, flags):
-        self.args = mib.flags().parse_args(["--ignore", "void", "later", *flags.split()])
-        self.plan = common.task_steps("3-1", 5)
-        self.images = [common.images_of_step(self.sets, s, "overlapped") for s in self.plan]
+SETS = ([1, 2], [3, 4], [4, 5], [1], [2, 5], [3], [4])  # class ids, in the order below
 
 
-def test_what_old_pixels_are_labelled():
-    """Raw ids 2, 1, 3 are classes 1, 2, 3; in the step of class 4 the later class 5 is hidden."""
+def five_classes(root, flags=""):
+    """Three classes, then one each; own pictures, whose ids 2, 1, 3, 4, 5 are the classes 1-5."""
+    raw = [[(2, 1, 3, 4, 5)[c - 1] for c in ids] for ids in SETS]
+    names = ["a", "b", "c", "d", "e"]
+    if not root.exists():
+        trees.own(root, raw, raw[:1], names)
+        (root / "order.txt").write_text("b\na\nc\nd\ne")
+    typed = f"--dataset folder --task 3-1 --data {root} --class-order {root}/order.txt {flags}"
+    return common.Data(trees.arguments("mib_unbiased", f"{typed} --ignore void later"))
+
+
+def test_what_old_pixels_are_labelled(tmp_path):
+    """In the step of class 4 the later class 5 is hidden."""
     expected = {
         "masked": [0, 0, 0, 0, 4, 0, 255],
         "masked --setting sequential": [0, 2, 1, 3, 4, 0, 255],
@@ -315,40 +319,44 @@ def test_what_old_pixels_are_labelled():
         "oracle": [0, 2, 1, 3, 4, 0, 255],
         "pseudo": [0, 0, 0, 0, 4, 0, 255],
     }
-    for kind, values in expected.items():
-        run = Plan(f"--labels {kind}")
-        assert mib.step_labels(run, run.plan[1])[[0, 1, 2, 3, 4, 5, 255]].tolist() == values
-    first = Plan("--labels ignore-background")
-    assert mib.step_labels(first, first.plan[0])[0] == 0  # step 0 has no old classes
+    for flags, values in expected.items():
+        kind, *setting = flags.split(" ", 1)
+        data = five_classes(tmp_path / "own", *setting)
+        table = mib.step_labels(data, data.steps[1], kind)
+        assert table[[0, 1, 2, 3, 4, 5, 255]].tolist() == values
+    assert mib.step_labels(data, data.steps[0], "ignore-background")[0] == 0  # no old classes yet
 
 
-def test_replayed_images_keep_their_own_labels_and_were_kept_before():
-    run = Plan("--replay 5")
-    assert mib.replay(run, run.plan[0]) == []
-    first, second = (mib.replay(run, step) for step in run.plan[1:])
+def test_replayed_images_keep_their_own_labels_and_were_kept_before(tmp_path):
+    data = five_classes(tmp_path / "own")
+    assert mib.replay(data, data.steps[0], 5) == []
+    first, second = (mib.replay(data, step, 5) for step in data.steps[1:])
     assert len(first) == len(second) == 5
     shown = {label for i, table in first for label in table if label < 255}
     assert shown == {0, 1, 2, 3}  # of step 0
     of_step = {i: sorted({int(table[raw]) for raw in range(6)} - {0, 255}) for i, table in second}
     assert [4] in of_step.values() and [1, 2, 3] in of_step.values()
-    kept = {i for i, table in second if table[run.order[0]] == 1}
+    kept = {i for i, table in second if table[data.order[0]] == 1}
     assert kept <= {i for i, _ in first}
-    assert all({*run.sets[i]} & {*classes} for i, classes in of_step.items())
-    assert len(mib.replay(Plan("--replay 100"), run.plan[2])) == 5 + 3  # all there are
+    assert all({*SETS[i]} & {*classes} for i, classes in of_step.items())
+    assert len(mib.replay(data, data.steps[2], 100)) == 5 + 3  # all there are
 
 
-def test_ewc_holds_what_mattered(start):
-    """Its penalty is the formula; nearly infinite, it keeps every weight that had a gradient."""
+def test_ewcs_penalty_is_the_formula():
     old_model, model = nn.Linear(2, 1), nn.Linear(2, 1)
     f = {"weight": torch.tensor([[1.0, 0.5]]), "bias": torch.tensor([0.0])}
     difference = (model.weight - old_model.weight).detach().flatten()
     slow = difference[0] ** 2 + 0.5 * difference[1] ** 2
     assert mib.ewc_penalty(model, old_model, f).item() == pytest.approx(slow.item())
 
+
+@pytest.mark.slow
+def test_ewc_holds_what_mattered(start):
+    """Nearly infinite, it keeps every weight that had a gradient."""
     moved, flags = {}, f"{TINY} --ce plain --kd none --init random --epochs 2 4 --lr 0.002 0.01"
     for weight in (0.01, 30):
         assert start(f"{flags} --ewc {weight} --out w{weight}", method="mib_unbiased")[0] == 0
-        folder = Path(f"w{weight}") / FOLDER.name
+        folder = Path(f"w{weight}") / trees.folder_name("mib_unbiased").name
         sums = torch.load(folder / "ewc_1.pt", weights_only=True)
         a, b = (torch.load(folder / f"step_{k}.pt", weights_only=True)["model"] for k in (0, 1))
         moved[weight] = sum((sums[k] * (b[k] - a[k]) ** 2).sum() / sums[k].max() for k in sums)
@@ -357,12 +365,16 @@ def test_ewc_holds_what_mattered(start):
     assert all((v >= 0).all() for v in sums.values()) and sums["head.0.weight"].sum() > 0
 
 
-def test_training_only_what_is_old_changes_nothing_in_the_rates():
-    model, args = common.DeepLabV3("small", 8, [3, 1]), mib.flags().parse_args([])
-    trunk, head = mib.parameter_groups(model, 0.1, args)
-    assert len([*trunk["params"]]) + len([*head["params"]]) == len([*model.parameters()])
-    assert (trunk["lr"], head["lr"]) == (0.1, 0.1)
-    assert trunk["weight_decay"] == head["weight_decay"] == 1e-4
+def test_all_parameters_learn_at_one_rate_unless_the_head_has_its_own():
+    model = common.DeepLabV3("small", 8, [3, 1])
+    for flags, rates in (("", [0.1, 0.1]), (" --head-lr 3", [0.1, pytest.approx(0.3)])):
+        args = trees.arguments("mib_unbiased", f"--dataset shapes{flags}")
+        groups = mib.sgd(model, 0.1, args).param_groups
+        ids = [{id(p) for p in group["params"]} for group in groups]
+        assert ids[0] == {id(p) for p in model.trunk.parameters()} and not ids[0] & ids[1]
+        assert ids[0] | ids[1] == {id(p) for p in model.parameters()}
+        assert [group["lr"] for group in groups] == rates
+        assert all(g["weight_decay"] == 1e-4 and g["nesterov"] for g in groups)
 
 
 # the analysis
@@ -428,9 +440,9 @@ def test_the_parts_make_up_the_network(backbone):
     model, images = common.DeepLabV3(backbone, 16, [3, 1]).eval(), torch.randn(2, 3, 64, 64)
     network = mib.parts(model)
     with torch.no_grad():
-        features = model(images)[1]
+        logits, features = model(images)
         maps = mib.maps_of(network, images)
-        assert torch.equal(mib.through(network, images), features["logits"])
+        assert torch.equal(mib.through(network, images), logits)
     assert len(network) == len(mib.PARTS) and len(maps) == len(mib.DEPTHS)
     assert all(torch.equal(a, b) for a, b in zip(maps[1:5], features["stages"], strict=True))
     assert torch.equal(maps[5], torch.cat(features["branches"], 1))
@@ -440,24 +452,24 @@ def test_the_parts_make_up_the_network(backbone):
 
 
 @pytest.fixture
-def pair(start, monkeypatch):
-    """A tiny run whose last model is its first one, with two classifiers more.
-
-    Random classifiers: after so little training all pixels would be background.
-    """
-    monkeypatch.setattr(common, "SHAPES_TRAIN", 80)
-    monkeypatch.setattr(common, "SHAPES_TEST", 20)
-    assert start("--task 18-1 --dataset shapes --epochs 1", method="mib_unbiased")[0] == 0
-    args = mib.flags().parse_args(["--device", "cpu"])
-    found = mib.open_pair("runs/mib_unbiased-shapes-18-1-overlapped-s0", args)
+def pair(few_shapes, tmp_path):
+    """What a run leaves whose last model is its first one, with two classifiers more."""
+    args = trees.arguments(
+        "mib_unbiased", f"--task 18-1 --dataset shapes --crop 32 --batch 20 --out {tmp_path}"
+    )
+    run = common.Run(args, common.most_likely, "")
+    run.folder.mkdir()
     torch.manual_seed(0)
-    for classifier in found.first.classifiers:
-        nn.init.normal_(classifier.weight, std=0.3)
-    found.last.load_state_dict(found.first.state_dict(), strict=False)
-    for classifier in found.last.classifiers[2:]:  # the later classes never win
-        classifier.weight.zero_()
-        classifier.bias.fill_(-100)
-    return found
+    first = trees.lively(run.build(run.data.steps[0]), run.data)
+    for step in run.data.steps:
+        model = run.build(step)
+        model.load_state_dict(first.state_dict(), strict=False)
+        for classifier in model.classifiers[2:]:  # the later classes never win
+            nn.init.zeros_(classifier.weight)
+            nn.init.constant_(classifier.bias, -100)
+        torch.save({"model": model.state_dict()}, run.folder / f"step_{step.index}.pt")
+    (run.folder / "config.json").write_text(json.dumps({"flags": vars(args)}))
+    return mib.open_pair(run.folder, args)
 
 
 @torch.no_grad()
@@ -504,10 +516,7 @@ def test_a_permuted_layer_is_found_again_by_least_squares(pair):
 def test_a_bias_towards_new_classes_is_seen_and_taken_back(pair):
     for classifier in pair.last.classifiers[2:]:
         classifier.bias.fill_(10.0)
-    for k, model in ((0, pair.first), (pair.step.index, pair.last)):
-        torch.save({"model": model.state_dict()}, pair.run.folder / f"step_{k}.pt")
-    steps = [*mib.old_pixels(pair).values()]
-    before, after = steps[0], steps[-1]
+    before, _, after = mib.old_pixels(pair).values()
     assert after["new classes"] == pytest.approx(100) and after["right"] == 0
     assert after["IoU as predicted"] < after["IoU without new classes"]
     assert after["IoU without new classes"] == pytest.approx(before["IoU as predicted"])
@@ -523,15 +532,18 @@ def test_a_bias_towards_new_classes_is_seen_and_taken_back(pair):
 
 @torch.no_grad()
 def test_scores_of_sigmoids_have_a_background_of_zero(pair):
-    pair.run.args.head = "sigmoid"
-    small = torch.tensor([[9.0, -1.0, -2.0], [9.0, 1.0, 2.0]])[..., None, None]
-    assert mib.upsample(pair.run, small).argmax(1)[:, 0, 0].tolist() == [0, 2]
+    args, small = pair.data.args, torch.tensor([[9.0, -1, -2], [9.0, 1, 2]])[..., None, None]
+    args.head = "sigmoid"
+    scores = mib.scores_of(small, args)
+    assert scores.shape == (2, 3, args.crop, args.crop)
+    assert scores.argmax(1)[:, 0, 0].tolist() == [0, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_analysis_of_a_run(start, method):
     assert start(f"{TINY} --setting overlapped", method=method)[0] == 0
-    folder = Path(str(FOLDER).replace("mib_unbiased", method))
+    folder = trees.folder_name(method)
     files = {path.name: path.read_bytes() for path in folder.glob("*.pt")}
     flags = f"--analyse first={folder} {folder} --out figures --retrain stage4"
     status, out, err = start(flags, method="mib_unbiased")
@@ -567,7 +579,11 @@ def test_what_cannot_be_analysed_says_so(start):
     assert status == 2 and "--analyse nowhere: no run there" in err
     status, _, err = start("--retrain head", method="mib_unbiased")
     assert status == 2 and "--retrain goes with --analyse RUN" in err
+
+
+@pytest.mark.slow
+def test_a_run_of_one_step_cannot_be_analysed(start):
     assert start(f"{TINY} --epochs 1 --task offline", method="mib_unbiased")[0] == 0
-    folder = str(FOLDER).replace("19-1", "offline")
+    folder = trees.folder_name("mib_unbiased", "offline")
     status, _, err = start(f"--analyse {folder}", method="mib_unbiased")
     assert status == 2 and "needs step_0.pt and that of a later step, there is step_0.pt" in err

@@ -1,6 +1,5 @@
 """Whole runs on tiny data: files, flags, refusals, what is the same in every method."""
 
-import argparse
 import ast
 import functools
 import importlib
@@ -15,14 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 import trees
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import CLASSES, METHODS, SMALL, TINY, assert_same, read_rows, results, weights
 
 import common
-from data import files, shapes
+from data import files
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = trees.folder_name("dkd")
@@ -32,9 +30,7 @@ slow = pytest.mark.slow
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """A folder with a finished run of DKD in runs/."""
-    place = tmp_path_factory.mktemp("whole")
-    assert trees.launch("dkd", f"{TINY} --data {data} --out {place}/runs") == 0
-    return place
+    return trees.whole_run(tmp_path_factory.mktemp("whole"), f"{TINY} --data {data}")
 
 
 @pytest.fixture
@@ -127,12 +123,10 @@ def test_dry_run_leaves_the_real_run_alone(start):
 
 @slow
 @pytest.mark.parametrize("method", METHODS)
-def test_shapes_run_through_the_same_code(start, monkeypatch, method):
-    monkeypatch.setattr(shapes, "TRAIN", 80)
-    monkeypatch.setattr(shapes, "TEST", 20)
+def test_shapes_run_through_the_same_code(start, few_shapes, method):
     flags = "--task 15-5 --dataset shapes --setting overlapped --epochs 1 --out drawn"
     status, out, err = start(flags, method=method)
-    assert (status, err) == (0, "") and "80 training and 20 test images" in out
+    assert (status, err) == (0, "") and "80 training, 20 test images" in out
     assert (Path(f"drawn/{method}-shapes-15-5-overlapped-s0") / "pictures/step_1.png").exists()
 
 
@@ -183,10 +177,11 @@ def test_memory_is_balanced_and_trained_on(start):
     assert start(TINY + " --task 18-1 --memory 18")[0] == 0
     folder = Path("runs/dkd-voc-18-1-overlapped-s0")
     first, second = (json.loads((folder / f"memory_{k}.json").read_text()) for k in (1, 2))
-    assert len(first) == len(second) == 18
-    assert {c for ids in first.values() for c in ids} == {*range(1, 19)}
-    for i, ids in first.items():
-        assert {*ids} == {c for c in CLASSES[int(i)] if c <= 18}
+    assert len(first) == len(second) == len({i for i, _ in first}) == 18
+    seen = {i: {c for c in ids if c in range(1, 19)} for i, ids in first}
+    assert {c for ids in seen.values() for c in ids} == {*range(1, 19)}
+    for i, ids in seen.items():
+        assert ids <= {*CLASSES[i]}
     shown = [i for i, ids in enumerate(CLASSES) if 19 in ids]
     assert f"{len(shown) + 18} images" in (folder / "log.txt").read_text()
 
@@ -235,70 +230,6 @@ def test_every_method_runs_on_msrc_with_masked_labels(start, tmp_path, method, s
     assert (status, err) == (0, "")
     last = results(Path(f"runs/{method}-msrc-20-1-{setting}-s0"))[-1]
     assert last["iou"]["background"] is None and last["pixel_accuracy"] is not None
-
-
-def mean_cross_entropy(logits, labels):
-    total = F.cross_entropy(logits, labels, ignore_index=255, reduction="sum")
-    return total / (labels != 255).sum().clamp(min=1)
-
-
-def squared_distance(logits, old_logits, scale):
-    return scale * (logits - old_logits).square().mean()
-
-
-def run_for_dense(size):
-    run = object.__new__(common.Run)
-    run.args, run.checked = argparse.Namespace(crop=size), set()
-    return run
-
-
-@pytest.mark.parametrize("numbers", [1, 2000, 2**20])
-def test_a_dense_loss_in_strips_is_that_of_the_whole_map(monkeypatch, numbers):
-    """Values and gradients, of both inputs, of a slice, and of two calls on the same logits."""
-    monkeypatch.setattr(common, "STRIP", (numbers, numbers))
-    torch.manual_seed(0)
-    maps = torch.randn(2, 5, 4, 3).double(), torch.randn(2, 3, 5, 2).double()
-    labels = torch.randint(0, 5, (2, 30, 30))
-    labels[:, :7], labels[0, 20:] = 255, 255
-    run, sizes = run_for_dense(30), []
-    found = []
-    for dense in (True, False):
-        new, old = leaves = [m.clone().requires_grad_() for m in maps]
-        if dense:
-
-            def seen(logits, labels):
-                sizes.append(logits.shape[2])
-                return mean_cross_entropy(logits, labels)
-
-            ce = run.dense(seen, new, labels, valid=labels != 255)
-            kd = run.dense(squared_distance, new[:, :3] / 2, old, 3.0)
-        else:
-            z, z_old = (F.interpolate(m, (30, 30), mode="bilinear") for m in leaves)
-            ce = mean_cross_entropy(z, labels)
-            kd = squared_distance(z[:, :3] / 2, z_old, 3.0)
-        (ce + 0.1 * kd).backward()
-        found.append([ce, kd, *(m.grad for m in leaves)])
-    for ours, whole in zip(*found, strict=True):
-        assert torch.allclose(ours, whole, rtol=1e-12, atol=1e-14)
-    strips = sizes[3:]  # before them the check of the loss: some rows, and their two halves
-    assert sum(strips) == 30 and len(strips) == {1: 30, 2000: 5, 2**20: 1}[numbers]
-
-
-def test_a_map_in_strips_is_the_whole_map(monkeypatch):
-    torch.manual_seed(0)
-    logits, labels = torch.randn(2, 5, 4, 3), torch.randint(0, 5, (2, 30, 30))
-    whole = common.upsample(logits, (30, 30)).argmax(1) * labels
-    for numbers in (1, 2000, 2**20):
-        monkeypatch.setattr(common, "STRIP", (numbers, numbers))
-        found = common.in_strips(lambda z, given: z.argmax(1) * given, 30, logits, labels)
-        assert torch.equal(found, whole)
-
-
-def test_a_dense_loss_without_a_valid_pixel_is_zero_with_a_gradient():
-    logits, labels = torch.randn(2, 5, 4, 4, requires_grad=True), torch.full((2, 8, 8), 255)
-    loss = run_for_dense(8).dense(mean_cross_entropy, logits, labels, valid=labels != 255)
-    loss.backward()
-    assert loss.item() == 0 and not logits.grad.any()
 
 
 @slow

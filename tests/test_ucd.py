@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from trees import TINY
+import trees
+from trees import EXACT, TINY, assert_as, value_and_gradient
 
 import common
 import ucd
 
-EXACT = {"rel": 1e-9, "abs": 1e-12}
 CONTRASTS = ["contrast_aligned_seed0", "contrast_no_old_class_pixels"]
 PUBLISHED_LABELS = ["contrast_unaligned_seed0", "contrast_shapes_seed0"]
 
@@ -46,10 +46,13 @@ def published_resize(labels):
     return torch.where((resized < 0) | (resized > 20), 0, resized)
 
 
+# contrast
+
+
 @pytest.mark.parametrize("numbers", [200, 2**20])
 @pytest.mark.parametrize("name", CONTRASTS)
 def test_contrastive_distillation_equals_the_authors(golden, monkeypatch, name, numbers):
-    monkeypatch.setattr(ucd.common, "STRIP", (numbers, numbers))
+    monkeypatch.setattr(common, "STRIP", (numbers, numbers))
     case = golden["ucd"][name]
     f, *rest = contrast_inputs(case)
     for key, expected in case["results"].items():
@@ -60,11 +63,13 @@ def test_contrastive_distillation_equals_the_authors(golden, monkeypatch, name, 
             (True, expected),
             (False, expected["own_reference_consistent_shift"]),
         ):
-            leaf = f.clone().requires_grad_()
-            loss = ucd.contrastive_distillation(leaf, *rest, t, uncertainty, published_shift=shift)
-            loss.backward()
-            assert loss.item() == pytest.approx(values["loss"], **EXACT), key
-            assert leaf.grad.norm().item() == pytest.approx(values["grad_norm_f_new"], **EXACT)
+            found = value_and_gradient(
+                lambda f, t=t, uncertainty=uncertainty, shift=shift: ucd.contrastive_distillation(
+                    f, *rest, t, uncertainty, published_shift=shift
+                ),
+                f,
+            )
+            assert_as(found, values["loss"], values["grad_norm_f_new"], key)
 
 
 @pytest.mark.parametrize("name", PUBLISHED_LABELS)
@@ -75,16 +80,11 @@ def test_with_the_authors_labels_only_the_weights_differ(golden, name):
     small = published_resize(labels)
     for t in ("0.07", "1"):
         expected = case["results"][f"tau{t}_noP"]
-        leaf = f.clone().requires_grad_()
-        loss = ucd.contrastive_distillation(
-            leaf, f_old, small, z_old, float(t), False, published_shift=True
+        found = value_and_gradient(
+            lambda f, t=t: ucd.contrastive_distillation(f, f_old, small, z_old, float(t), False), f
         )
-        loss.backward()
-        assert loss.item() == pytest.approx(expected["loss"], **EXACT)
-        assert leaf.grad.norm().item() == pytest.approx(expected["grad_norm_f_new"], **EXACT)
-        ours = ucd.contrastive_distillation(
-            f, f_old, small, z_old, float(t), published_shift=True
-        ).item()
+        assert_as(found, expected["loss"], expected["grad_norm_f_new"])
+        ours = ucd.contrastive_distillation(f, f_old, small, z_old, float(t)).item()
         assert ours <= case["results"][f"tau{t}_P"]["loss"] + 1e-9
 
 
@@ -97,12 +97,16 @@ def test_where_the_authors_code_fails_the_loss_is_finite(golden, name):
     if "one_new_pixel" in name:
         labels = torch.zeros_like(labels)
         labels[0, :16, :16] = 7
-    leaf = f.requires_grad_()
-    loss = ucd.contrastive_distillation(leaf, f_old, labels, z_old)
-    loss.backward()
-    assert loss.isfinite() and leaf.grad.isfinite().all()
-    if name != "contrast_all_background":  # there, old predictions remain
-        assert loss.item() == 0 and (leaf.grad == 0).all()
+    for shift in (True, False):
+        loss, gradient = value_and_gradient(
+            lambda f, shift=shift: ucd.contrastive_distillation(
+                f, f_old, labels, z_old, published_shift=shift
+            ),
+            f,
+        )
+        assert math.isfinite(loss) and gradient.isfinite().all()
+        if name != "contrast_all_background":  # there, old predictions remain
+            assert loss == 0 and (gradient == 0).all()
 
 
 def slow_contrast(f, f_old, labels, z_old, temperature, uncertainty, use_old):
@@ -142,17 +146,13 @@ def test_contrastive_distillation_is_the_formula(uncertainty, use_old):
     z_old, labels = 2 * torch.randn(2, 4, 3, 3).double(), torch.randint(0, 7, (2, 3, 3))
     labels = torch.where(labels < 4, 0, labels)
     labels[0, 0, 0] = 255
-    found = []
-    for loss in (
-        lambda f: ucd.contrastive_distillation(f, f_old, labels, z_old, 0.2, uncertainty, use_old),
-        lambda f: slow_contrast(f, f_old, labels, z_old, 0.2, uncertainty, use_old),
-    ):
-        leaf = f.clone().requires_grad_()
-        value = loss(leaf)
-        value.backward()
-        found.append((value.item(), leaf.grad))
-    assert found[0][0] == pytest.approx(found[1][0], **EXACT)
-    assert torch.allclose(found[0][1], found[1][1], rtol=1e-9, atol=1e-12)
+    rest = f_old, labels, z_old, 0.2, uncertainty, use_old
+    ours, gradient = value_and_gradient(
+        lambda f: ucd.contrastive_distillation(f, *rest, published_shift=False), f
+    )
+    slow, slow_gradient = value_and_gradient(lambda f: slow_contrast(f, *rest), f)
+    assert ours == pytest.approx(slow, **EXACT)
+    assert torch.allclose(gradient, slow_gradient, rtol=1e-9, atol=1e-12)
 
 
 def test_any_number_of_classes_and_only_one():
@@ -162,6 +162,9 @@ def test_any_number_of_classes_and_only_one():
     assert ucd.contrastive_distillation(f, f, labels, z_old).isfinite()
     one = torch.full((1, 4, 4), 160)
     assert ucd.contrastive_distillation(f, f, one, z_old).item() == 0  # nothing to be apart from
+
+
+# MiB
 
 
 @pytest.mark.parametrize("name", ["mib_seed0", "mib_all_void", "mib_all_background"])
@@ -178,46 +181,36 @@ def test_mibs_terms_equal_the_authors(golden, name):
     unkd = lambda z: ucd.unbiased_distillation(z, z_old)  # noqa: E731
     losses = {"unce": unce, "unkd": unkd, "unce_plus_10_unkd": lambda z: unce(z) + 10 * unkd(z)}
     for key, expected in case["results"].items():
-        leaf = z.clone().requires_grad_()
-        value = losses[key](leaf)
-        value.backward()
-        assert value.item() == pytest.approx(expected["loss"], **EXACT)
-        assert leaf.grad.norm().item() == pytest.approx(expected["grad_norm_z_new"], **EXACT)
+        found = value_and_gradient(losses[key], z)
+        assert_as(found, expected["loss"], expected["grad_norm_z_new"], key)
 
 
-def pod_inputs():
-    rng = np.random.default_rng(0)
-    shapes = ((2, 6, 16, 16), (2, 8, 8, 8), (2, 12, 4, 4), (2, 12, 4, 4))
-    old = [torch.tensor(rng.standard_normal(s)) for s in shapes]
-    new = [x + 0.5 * torch.tensor(rng.standard_normal(x.shape)) for x in old]
-    logits = [torch.tensor(rng.standard_normal((2, c, 4, 4))) for c in (5, 7)]
-    return old, new, logits
+# PLOP
 
 
 def test_local_pod_equals_the_authors(golden):
     expected = golden["plop"]
-    old, new, (z_old, z) = pod_inputs()
+    old, new, (z_old, z) = trees.levels_and_logits()
     assert old[0].sum().item() == pytest.approx(expected["inputs"]["old_first"])
     assert z.sum().item() == pytest.approx(expected["inputs"]["logits_new"])
     each = [ucd.local_pod(x, y).item() for x, y in zip(new, old, strict=True)]
     assert each == pytest.approx(expected["each_layer_pow_factor1"], **EXACT)
-    total = ucd.pod([*new, z], [*old, z_old], (0.01, 0.0005), (7, 2))
+    total = ucd.pod([*new, z], [*old, z_old], [0.01] * 4 + [0.0005], 7, 2)
     assert total.item() == pytest.approx(expected["PLOP_defaults_4layers_plus_logits"], **EXACT)
     four = math.sqrt(7 / 2) * 0.01 * sum(each) / 4
     assert four == pytest.approx(expected["4layers_only_factor0.01_schedule"], **EXACT)
+    one = ucd.pod([*new, z], [*old, z_old], [0, 0, 1, 0, 0], 7, 2)  # each map has its own factor
+    assert one.item() == pytest.approx(math.sqrt(7 / 2) * each[2] / 5, **EXACT)
     rng = np.random.default_rng(7)
     for key, size in (("side10", (2, 3, 10, 10)), ("h12_w8", (2, 3, 12, 8))):
         a, b = (torch.tensor(rng.standard_normal(size)) for _ in range(2))
         assert ucd.local_pod(b, a).item() == pytest.approx(expected[key], **EXACT)
-    leaf = new[1].clone().requires_grad_()
-    ucd.local_pod(leaf, old[1]).backward()
-    assert leaf.grad.abs().sum().item() == pytest.approx(expected["gradient"]["abs_sum"], **EXACT)
-    assert leaf.grad.flatten()[:3].tolist() == pytest.approx(
-        expected["gradient"]["first3"], **EXACT
-    )
-    leaf = old[1].clone().requires_grad_()
-    ucd.local_pod(leaf, old[1]).backward()
-    assert (leaf.grad == 0).all()  # never not a number
+    _, gradient = value_and_gradient(lambda f: ucd.local_pod(f, old[1]), new[1])
+    expected = expected["gradient"]
+    assert gradient.abs().sum().item() == pytest.approx(expected["abs_sum"], **EXACT)
+    assert gradient.flatten()[:3].tolist() == pytest.approx(expected["first3"], **EXACT)
+    _, gradient = value_and_gradient(lambda f: ucd.local_pod(f, old[1]), old[1])
+    assert (gradient == 0).all()  # never not a number
 
 
 def test_pseudo_labels_take_what_is_sure():
@@ -225,40 +218,131 @@ def test_pseudo_labels_take_what_is_sure():
     labels = torch.tensor([[[0, 0, 0, 3]]])
     thresholds = torch.tensor([0.5, 0.6, 0.5])
     assert ucd.entropy(torch.zeros(1, 4, 1, 1)).item() == pytest.approx(1)
-    found = ucd.pseudo_labels(labels, z_old, thresholds)
+    found = ucd.pseudo_labels(z_old, labels, thresholds)
     assert found.flatten().tolist() == [0, 1, 255, 3]
-    assert ucd.sure_share(labels, found).item() == pytest.approx(2 / 3)
-    found = ucd.pseudo_labels(labels + 3, z_old, thresholds)
+    assert ucd.sure_share(labels, found).item() == pytest.approx(2 / (3 + 1e-6), rel=1e-7)
+    found = ucd.pseudo_labels(z_old, labels + 3, thresholds)
     assert found.flatten().tolist() == [3, 3, 3, 6]
-    assert ucd.sure_share(labels + 3, found).item() == 1
-    z = torch.randn(1, 4, 1, 4)
-    weighed = ucd.adaptive_cross_entropy(z, labels, torch.tensor([0.5]))
-    assert weighed.item() == pytest.approx(0.5 * F.cross_entropy(z, labels).item(), rel=1e-5)
+    assert ucd.sure_share(labels + 3, found).item() == 0  # no background
 
 
-def test_medians_are_those_of_the_predicted_classes():
+def test_images_weigh_by_what_is_sure_and_void_is_part_of_the_mean():
     torch.manual_seed(0)
-    z_old = torch.randn(6, 4, 8, 8)
-    z_old[:, 3] = -50  # never predicted
-    labels = torch.randint(0, 2, (6, 8, 8)) * 5
-
-    class Run:
-        device, source, images = torch.device("cpu"), common.Source([], [], ""), (None, [0])
-
-        def labels(self, step):
-            return None
-
-        def sweep(self, *_):
-            yield z_old, labels
-
-    found = ucd.median_entropies(Run(), common.Step(1, 4, 5), lambda z: (z, {}))
-    entropy, predicted = ucd.entropy(z_old), z_old.argmax(1)
-    for c in range(3):
-        exact = entropy[(labels == 0) & (predicted == c)].median().item()
-        assert found[c].item() == pytest.approx(exact, abs=2 / ucd.BINS)
-    assert found[3].item() == pytest.approx(0.001)
+    z, labels = torch.randn(2, 4, 1, 4).double(), torch.tensor([[[0, 1, 255, 3]], [[2, 2, 0, 1]]])
+    share = torch.tensor([0.5, 0.25]).double()
+    each = F.cross_entropy(z, labels, ignore_index=255, reduction="none")
+    assert (each[labels == 255] == 0).all()
+    weighed = ucd.adaptive_cross_entropy(z, labels, share).item()
+    assert weighed == pytest.approx((each * share[:, None, None]).sum().item() / 8, **EXACT)
+    value, gradient = value_and_gradient(
+        lambda z: ucd.adaptive_cross_entropy(z, labels * 0 + 255, share), z
+    )
+    assert value == 0 and (gradient == 0).all()
 
 
+def plops_median(counts):
+    """The loop of PLOP's code over a histogram of 100 bins."""
+    below, half = 0, counts.sum() / 2
+    for i in range(100):
+        if below <= half <= below + counts[i]:
+            break
+        below += i  # the index
+    return (i + (half - below) / counts[i]) / 100
+
+
+def histogram(**bins):
+    """Counts of 100 bins: b3=7 puts 7 into bin 3."""
+    counts = torch.zeros(100, dtype=torch.int64)
+    for name, count in bins.items():
+        counts[int(name[1:])] = count
+    return counts
+
+
+@pytest.mark.parametrize(
+    ("bins", "expected"),
+    [
+        ({"b0": 10}, 0.005),  # half a bin
+        ({"b0": 6, "b1": 4}, 0.01 * 5 / 6),
+        ({"b0": 4, "b1": 6}, 0.01 * (1 + 5 / 6)),  # right: 4 are in bin 0; it takes them for 0
+        ({"b0": 2, "b3": 8}, 0.01 * (3 + 2 / 8)),  # below bin 3 are 0 + 1 + 2, not 2
+        ({"b50": 8, "b60": 8}, None),
+        ({"b99": 10}, None),
+        ({"b2": 10}, None),
+        ({"b7": 10_000}, None),
+        ({"b5": 1000, "b6": 1}, None),
+        ({"b0": 1000, "b1": 999, "b98": 10_000}, None),
+    ],
+)
+def test_the_published_median_counts_indices(bins, expected):
+    counts = histogram(**bins)
+    found = ucd.published_median(counts)
+    slow = plops_median(counts.double()).item()
+    assert found == pytest.approx(slow, rel=1e-6)
+    if expected is not None:
+        assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_where_the_published_median_finds_no_bin():
+    """The loop runs through, to an empty last bin; 4950 = 0 + 1 + ... + 99 are below its end."""
+    assert ucd.published_median(histogram(b0=4000, b1=4000, b2=4000)) == math.inf
+    assert ucd.published_median(histogram(b0=10, b1=9, b2=9)) == -math.inf
+    assert ucd.published_median(histogram(b0=5000, b1=5000, b2=5000, b99=50)) == pytest.approx(
+        (99 + (15050 / 2 - 4950) / 50) / 100
+    )
+    assert math.isnan(ucd.published_median(histogram(b0=10, b1=10, b2=10)))  # half: 0 + ... + 5
+
+
+def test_medians_of_random_histograms():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        values = rng.beta(*rng.uniform(0.5, 8, 2), rng.integers(1, 5000)) * rng.uniform(0.01, 1)
+        counts = torch.tensor(np.histogram(values, 100, (0, 1))[0])
+        exact = np.sort(values)[(len(values) - 1) // 2]
+        assert ucd.median(counts) == pytest.approx(exact, abs=0.0051)
+        found, slow = ucd.published_median(counts), plops_median(counts.double()).item()
+        assert found == pytest.approx(slow, rel=1e-5, nan_ok=True)
+        if counts[0] >= counts.sum() / 2:
+            assert found == pytest.approx(exact, abs=0.01)
+    assert ucd.median(histogram(b3=5, b80=2)) == pytest.approx(0.035)
+
+
+@pytest.mark.parametrize("kind", ["published", "median"])
+def test_thresholds_are_medians_of_the_entropy_of_each_predicted_class(few_shapes, kind):
+    flags = f"--dataset shapes --task 15-5 --crop 32 --thresholds {kind} --batch 7"
+    run = common.Run(trees.arguments("ucd", flags), common.most_likely, "")
+    step = run.data.steps[1]
+    torch.manual_seed(0)
+    old_model = trees.lively(run.build(run.data.steps[0]), run.data)
+    old_model.classifiers[1].bias.data[4] = -1000  # class 5 is never predicted
+    found = ucd.find_thresholds(run, step, old_model)
+
+    view, indices = run.data.training(step)
+    keys = common.epoch_keys(indices, 7, (0, 1), 0, len(indices) // 7)
+    pairs = []
+    for images, labels in common.load_batches(view, keys, run.args):
+        z = common.upsample(old_model(images)[0], (32, 32))
+        here = labels == 0
+        pairs.append(torch.stack([z.argmax(1)[here], ucd.entropy(z)[here]]))
+    predicted, entropy = torch.cat(pairs, 1)
+    unit = 16 * math.log(21) if kind == "published" else 1.0
+    for c in range(16):
+        values = (entropy[predicted == c] / unit).numpy()
+        if not len(values):
+            expected = 0.001
+        elif kind == "median":
+            expected = max(0.001, np.median(values))
+        else:
+            counts = torch.tensor(np.histogram(values, 100, (0, 1))[0]).double()
+            expected = max(0.001, plops_median(counts).item())
+        assert found[c].item() / unit == pytest.approx(expected, abs=1e-3), c
+    assert found[5].item() == pytest.approx(0.001 * unit)
+    assert (predicted == 5).sum() == 0 and predicted.unique().numel() > 5
+
+
+# whole runs
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "parts"),
     [
@@ -266,7 +350,8 @@ def test_medians_are_those_of_the_predicted_classes():
         ("--base plop --no-uncertainty", {"ce", "pod", "contrast"}),
         ("--contrast 0 --kd-weight 3", {"ce", "kd"}),
         ("--base plop --contrast 0", {"ce", "pod"}),
-        ("--no-old-features --published-shift --precision bf16", {"ce", "kd", "contrast"}),
+        ("--base plop --thresholds median --contrast 0", {"ce", "pod"}),
+        ("--no-old-features --no-published-shift --precision bf16", {"ce", "kd", "contrast"}),
     ],
 )
 def test_both_bases_run(start, flags, parts):

@@ -4,7 +4,9 @@ import csv
 import importlib
 import importlib.util
 import json
+import re
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -122,6 +124,23 @@ def levels_and_logits():
 # runs
 
 
+@torch.no_grad()
+def lively(model, data):
+    """An untrained model that predicts many classes, in eval mode and frozen.
+
+    Its classifiers are random and large, its BatchNorm has the statistics of some test images.
+    """
+    for classifier in model.classifiers:
+        torch.nn.init.normal_(classifier.weight, std=0.3)
+    view, indices = data.testing(data.steps[-1])
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None  # the mean over all batches
+    for images, _ in common.load_in_order(view, indices, data.args):
+        model.train()(images)
+    return model.eval().requires_grad_(False)
+
+
 def arguments(method, flags=""):
     """What a script's main is called with."""
     module = importlib.import_module(method)
@@ -133,7 +152,11 @@ def arguments(method, flags=""):
 
 
 def launch(script, flags):
-    """Runs a script in this process: a method's name, or the path of another one. Exit status."""
+    """Runs a script in this process: a method's name, or the path of another one. Exit status.
+
+    SIGINT and SIGTERM have their usual handlers in it, whatever started pytest, and after it those
+    from before.
+    """
     path = common.HERE / f"{script}.py" if isinstance(script, str) else script
     if path.parent == common.HERE:
         module = importlib.import_module(path.stem)
@@ -141,10 +164,42 @@ def launch(script, flags):
         spec = importlib.util.spec_from_file_location(path.stem, path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(sys, "argv", [str(path), *shlex.split(flags)])
-        common.launch(module.main, module.flags())
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    try:
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+            patch.setattr(sys, "argv", [str(path), *shlex.split(flags)])
+            common.launch(module.main, module.flags())
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return stop.value.code or 0
+
+
+def whole_run(place, flags, method="dkd"):
+    """Runs a script to its end, for several tests: into place/runs. Gives `place`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+        assert launch(method, f"{flags} --out {place}/runs") == 0
+    return place
+
+
+def inside(monkeypatch, step, iteration, action):
+    """Does something once, in an iteration of a step that starts anew. It may change the losses."""
+    batches, log, place = common.Run.batches, common.Run.log, []
+
+    def counted(run, now, *given, **named):
+        for i, batch in enumerate(batches(run, now, *given, **named)):
+            place.append((now.index, i))
+            yield batch
+
+    def disturbed(run, losses):
+        if place[-1] == (step, iteration) and place.count(place[-1]) == 1:
+            losses = action(run, losses) or losses
+        return log(run, losses)
+
+    monkeypatch.setattr(common.Run, "batches", counted)
+    monkeypatch.setattr(common.Run, "log", disturbed)
 
 
 def folder_name(method, step="19-1", dataset="voc", setting="overlapped"):
@@ -176,3 +231,13 @@ def assert_same_run(whole, folder):
         assert_same(weights(whole, step), weights(folder, step))
     assert (whole / "train.csv").read_text() == (folder / "train.csv").read_text()
     assert not (folder / "last.pt").exists()
+
+
+def patched(code, diff):
+    """A script with the hunks of a diff, divided by lines @@, each of which fits in one place."""
+    for hunk in filter(None, re.split("^@@.*\n", diff, flags=re.M)):
+        lines = hunk.splitlines(keepends=True)
+        old, new = ("".join(x[1:] for x in lines if x[0] in " " + sign) for sign in "-+")
+        assert code.count(old) == 1, f"the script has changed, the diff has not: {old}"
+        code = code.replace(old, new)
+    return code
