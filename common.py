@@ -795,8 +795,8 @@ def rows_of(inputs: Sequence, size: int) -> Callable[[slice], list]:
     kinds = [getattr(x, "ndim", 0) for x in inputs]
     plans: list = []  # of each input: its two matrices where it is upsampled
     for x, kind in zip(inputs, kinds, strict=True):
-        if kind == 3 and x.shape[1] != size:
-            raise InputError(f"a map {tuple(x.shape)}: expected [B, H, W] with {size} rows")
+        if kind == 3:
+            refuse_other_size(x, size)
         plans.append((matrix(x, 2), matrix(x, 3).T) if kind == 4 else None)
 
     def cut(rows: slice) -> list:
@@ -862,6 +862,12 @@ class DenseLoss(torch.autograd.Function):
         return None, None, *(gradient * next(saved) if need else None for need in needed)
 
 
+def refuse_other_size(maps: Tensor, size: int) -> None:
+    """InputError where maps are not [B, size, size]."""
+    if maps.shape[1:] != (size, size):
+        raise InputError(f"dense: a map {tuple(maps.shape)}, expected [B, {size}, {size}]")
+
+
 def refuse_other_gradients(loss: Tensor, known: list[Tensor]) -> None:
     """InputError where a loss uses a tensor that needs a gradient, but was not passed to it."""
     nodes, seen = [loss.grad_fn], set()
@@ -920,7 +926,7 @@ class Run:
     results     the finished steps' entries of metrics.json
     losses      those of this iteration, from `log`
     timing      of the step that was trained last
-    checked     losses that `dense` has seen before
+    checked     kinds of losses that `dense` has seen before
     """
 
     def __init__(self, args: argparse.Namespace, predict: Callable, published: str) -> None:
@@ -1105,9 +1111,11 @@ class Run:
         size, world = self.args.crop, processes()[1]
         share = logits.new_full((size,), 1 / size)  # of each row in the mean
         if valid is not None:
+            refuse_other_size(valid, size)
             count = all_reduce(valid.sum()).clamp(min=1).to(logits)
             share = valid.sum((0, 2)).to(logits) * world / count
-        key = getattr(loss, "__code__", loss)
+        function = getattr(loss, "func", loss)  # of a functools.partial
+        key = getattr(function, "__code__", function), valid is None, logits.shape[1]
         if key not in self.checked:
             self.checked.add(key)
             refuse_other_means(loss, share, [logits, *others])

@@ -1,10 +1,10 @@
-"""Finished runs as a Markdown table: mean and spread over the seeds, beside the published numbers.
+"""Finished runs as a Markdown table, beside the published numbers.
 
     python -m data.compare runs/* --curves curves.png
-    python -m data.compare mine=runs/mine-voc-15-1-overlapped-s0 runs/dkd-voc-15-1-overlapped-s*
+    python -m data.compare mine=runs/mine-voc-15-1-overlapped-s0 runs/dkd-voc*
 
-Runs that differ only in the seed share a row. What is no finished run is named on stderr and left
-out; the exit status is then 2.
+Runs that differ only in the seed share a row: mean and standard deviation. What
+is no finished run is named on stderr and left out; the exit status is then 2.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python -m data.predict runs/dkd-voc-15-1-overlapped-s0 photo.jpg photos/
     python -m data.predict runs/dkd-voc-15-1-overlapped-s0 --eval
 
-Pictures may have any size. The newest finished step segments them, and runs/NAME/pictures/ gets an
-overlay with a legend and a map of class numbers for each. --eval prints the table of the run on its
-own test images and writes nothing. The network's flags come from the checkpoints.
+Pictures may have any size. The newest finished step segments them, and
+runs/NAME/pictures/ gets an overlay with a legend and a map of class numbers for
+each. --eval prints the table of the run on its own test images and writes
+nothing. The network's flags come from the checkpoints.
 """
 
 from __future__ import annotations

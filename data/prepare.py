@@ -1,11 +1,12 @@
 """Checks a data set before a run, and counts the images of every step.
 
-    python -m data.prepare voc --data DIR               # checks every file
-    python -m data.prepare voc --data DIR --download    # fetches VOC 2012 and SBD before that
+    python -m data.prepare voc --data DIR
+    python -m data.prepare voc --data DIR --download    # fetches it before that
 
-The published codes come with lists of the images of every step; where data/image_counts.csv has
-their numbers, they are compared with what is there. Exit status: 0, 1 if the data set has errors,
-2 if there is no such data set or a flag cannot be used.
+The published codes come with lists of the images of every step; where
+data/image_counts.csv has their numbers, they are compared with what is there.
+Exit status: 0, 1 if the data set has errors, 2 if there is no such data set or
+a flag cannot be used.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import io
 import itertools
 import math
@@ -333,7 +334,9 @@ def train(method: str, flags: str, layout: torch.memory_format, classes: int, ar
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.suppress(Enough),
     ):
-        main_of(script, f"{data} {shape} {own} {flags} --epochs 1 --out {folder}")
+        main_of(
+            script, f"{data} {shape} {own} {flags} --keep-later --epochs 1 --lr 0 --out {folder}"
+        )
     peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if DEVICE == "cuda" else "-"
     shares = (f"{100 * spent[part] / spent['all']:.0f}" for part in ("dense", "optimiser"))
     return [*(f"{rate:.1f}" for rate in rates), *shares, peak]
@@ -379,7 +382,8 @@ def measure_contrast(form: str, anchors: int) -> tuple[float, float, float]:
     old_logits = torch.randn(1, 21, *shape[2:], device=DEVICE)
     old_logits[:, 0] = -100  # all are foreground
     labels = torch.zeros(1, *shape[2:], dtype=torch.int64, device=DEVICE)
-    work = {"ours": ucd.contrastive_distillation, "straightforward": straightforward}[form]
+    paper = functools.partial(ucd.contrastive_distillation, published_shift=False)
+    work = {"ours": paper, "straightforward": straightforward}[form]
     work(features[..., :1], old_features[..., :1], labels[..., :1], old_logits[..., :1])
 
     def peak() -> float:
@@ -505,7 +509,7 @@ def iteration(classes: list[int], size: int, batch: int, repeats: int) -> tuple[
 def gradients(args: argparse.Namespace) -> None:
     """ICD's terms: the root mean square of their gradients by each part's weights, in step 1."""
     parts = ("trunk.layer1", "trunk.layer2", "trunk.layer3", "trunk.layer4", "aspp", "head")
-    batches, log, place = common.Run.batches, common.Run.log, {}
+    batches, log, place, rows = common.Run.batches, common.Run.log, {}, []
 
     def counted(run, step, model, *given) -> Iterator:
         for i, batch in enumerate(batches(run, step, model, *given)):
@@ -523,13 +527,11 @@ def gradients(args: argparse.Namespace) -> None:
                     gradient = torch.autograd.grad(found[term], weights, retain_graph=True)
                     flat = torch.cat([g.flatten() for g in gradient])
                     cells.append(f"{flat.square().mean().sqrt():.1e}")
-                row(term, iteration, *cells)
+                rows.append((term, iteration, *cells))
             if iteration == 100:
                 raise Enough
         return log(run, found)
 
-    print("\nICD's gradients on shapes, 15-1, step 1, root mean square over the weights of a part")
-    header("term", "iteration", *parts)
     step0 = f"--step0 {args.step0}" if args.step0 else ""
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -537,6 +539,10 @@ def gradients(args: argparse.Namespace) -> None:
         contextlib.suppress(Enough),
     ):
         main_of(icd, f"--dataset shapes --out {folder} {step0}")
+    print("\nICD's gradients on shapes, 15-1, step 1, root mean square over the weights of a part")
+    header("term", "iteration", *parts)
+    for cells in rows:
+        row(*cells)
 
 
 if __name__ == "__main__":

@@ -566,10 +566,11 @@ def test_trunk_weights_whole_in_part_and_wrong(tmp_path):
     assert (model.trunk.layer4[1].conv2.weight == state["layer4.1.conv2.weight"]).all()
     torch.save({k: v for k, v in state.items() if k != "layer4.1.conv2.weight"}, file)
     assert common.load_trunk(model, "resnet18", str(file)).endswith("stay: layer4.1.conv2.weight")
+    model = common.DeepLabV3("resnet50", 16, [1])
     for content, message in (({"a": torch.ones(1)}, "none of its names"), (state, "another shape")):
         torch.save(content, file)
         with pytest.raises(InputError, match=message):
-            common.load_trunk(common.DeepLabV3("resnet50", 16, [1]), "resnet50", str(file))
+            common.load_trunk(model, "resnet50", str(file))
 
 
 # metric

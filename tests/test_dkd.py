@@ -284,6 +284,11 @@ def test_a_memory_is_balanced_and_kept(data, tmp_path):
     for i, ids in kept:
         assert {*ids} - {0} == {*trees.CLASSES[i]} & {*range(1, 19)}
     assert {c for _, ids in kept for c in ids} == {*range(19)}
+    (run.folder / "memory_1.json").unlink()
+    run.args.memory = 999  # more than there are: each is taken once
+    assert sorted(dkd.choose_memory(run, first, None)) == run.data.images[0]
+    run.args.memory = 18
+    (run.folder / "memory_1.json").write_text(json.dumps(kept))
 
     old_model = run.build(first).eval()
     for sure in (-9.0, 9.0):  # probability of class 5 everywhere, of the others none
