@@ -22,7 +22,7 @@ import torch
 import common
 from common import InputError
 from data.predict import method_script
-from data.tables import averaging_convention, published
+from data.tables import averaging_convention, best_published
 
 AVERAGES = ("base", "new", "all")
 # flags that the table does not list: they have a column, or change nothing in the method
@@ -56,10 +56,9 @@ def read_run(given: str) -> dict:
     """A finished run.
 
     given       its folder, or NAME=folder to name its row
-    returns     method, dataset, task, setting, seed, published: as config.json has them; columns:
-                what the table says of it; flags: those that differ from the script's recipe, as
-                typed; iou: per step, float64 [C], percent, NaN for a class that no test image
-                shows; minutes: per step, None where --step0 took it from another run
+    returns     parts of config.json; flags: those that differ from the script's recipe, as typed;
+                iou: per step, float64 [C], percent, NaN where no test image shows the class;
+                minutes: per step, None where --step0 took it from another run; columns: texts
     InputError  no run there, one that is not finished, or one of a script that is not here
     """
     named = "=" in given and not Path(given).is_dir()
@@ -74,7 +73,7 @@ def read_run(given: str) -> dict:
         missing = len(common.task_steps(used["task"], len(config["classes"]) - 1)) - len(steps)
         own_data = f" {Path(used['data']).name}" if used["dataset"] == "folder" else ""
         run = {key: used[key] for key in ("method", "dataset", "task", "setting", "seed")} | {
-            "name": "joint" if used["task"] == "offline" else config["published"] or used["method"],
+            "name": name or config["published"] or used["method"],
             "published": config["published"],
             "flags": [
                 as_typed(key, used[key])
@@ -98,7 +97,9 @@ def read_run(given: str) -> dict:
         raise InputError(f"{folder}: no results of a run ({error})") from None
     if missing:
         raise InputError(f"{folder}: not finished, {missing} steps are missing")
-    return run | ({"name": name} if name else {})
+    if not name and run["task"] == "offline":
+        run["name"] = "joint"
+    return run
 
 
 def as_typed(key: str, value: object) -> str:
@@ -108,16 +109,6 @@ def as_typed(key: str, value: object) -> str:
         return flag if value else flag.replace("--", "--no-", 1)
     texts = (f"{v:g}" if isinstance(v, float) else Path(str(v)).name for v in values)
     return " ".join([flag, *texts])
-
-
-def best_published(run: dict, method: str, convention: str = "") -> dict | None:
-    """Of several rows one of this convention, a mean of several runs, with all numbers."""
-    found = published(run["dataset"], run["task"], run["setting"], method)
-    return max(
-        found,
-        key=lambda r: (averaging_convention(r) == convention, bool(r["std"]), bool(r["old"])),
-        default=None,
-    )
 
 
 def table_rows(runs: Sequence[dict]) -> list[dict]:
@@ -140,10 +131,11 @@ def table_rows(runs: Sequence[dict]) -> list[dict]:
         if run["task"] == "offline":
             others = (r for r in runs if r["dataset"] == run["dataset"] and r["task"] != "offline")
             like = next(others, run)
-        best = best_published(like, like["published"])
+        place = like["dataset"], like["task"], like["setting"]
+        best = best_published(*place, like["published"])
         averages = averaging_convention(best) if best else "with background"
         if like is not run:
-            best = best_published(like, "Joint", averages)
+            best = best_published(*place, "Joint", averages)
         base = common.task_steps(like["task"], len(run["iou"][-1]) - 1)[0].last
         background = averages == "with background"
         values = [[common.averages(iou, base, background) for iou in r["iou"]] for r in group]

@@ -52,6 +52,17 @@ def published(dataset: str, task: str, setting: str, method: str) -> list[dict[s
     return [row for row in read_table("published") if wanted.items() <= row.items()]
 
 
+def best_published(
+    dataset: str, task: str, setting: str, method: str, convention: str = ""
+) -> dict[str, str] | None:
+    """Of several rows one of this convention, a mean of several runs, with all numbers."""
+    return max(
+        published(dataset, task, setting, method),
+        key=lambda r: (averaging_convention(r) == convention, bool(r["std"]), bool(r["old"])),
+        default=None,
+    )
+
+
 def averaging_convention(row: dict[str, str]) -> str:
     """What a published row's averages of base and all cover."""
     return "no background" if row["convention"].startswith("A") else "with background"

@@ -37,13 +37,13 @@ for method in METHODS:
 
 
 def launch(folder, data, count, methods=METHODS, more=""):
-    """`count` processes; folder/runs is what they leave."""
+    """`count` processes, under torchrun if there are several; folder/runs is what they leave."""
     flags = f"--dataset voc --task 19-1 {SMALL} --lr 0.3 --ignore void --epochs 1 {more}".split()
     flags += ["--data", str(data), "--out", str(folder / "runs"), "--setting", "overlapped"]
     given = f"ROOT, METHODS, FLAGS = {str(ROOT)!r}, {methods!r}, {flags!r}\n"
     (folder / "driver.py").write_text(given + DRIVER)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, f"--nproc_per_node={count}", str(folder / "driver.py")]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+    command = [sys.executable, *(torchrun if count > 1 else []), str(folder / "driver.py")]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

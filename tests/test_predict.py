@@ -1,6 +1,7 @@
 """data/predict.py: pictures through a finished run, and the evaluation of its steps again."""
 
 import json
+import multiprocessing
 import re
 import shutil
 import sys
@@ -107,6 +108,7 @@ def test_a_faulty_test_picture_is_named_also_from_a_worker(run, command, tmp_pat
     status, _, err = command(run, "--eval", "--data", data)
     assert status == 2 and "test0.jpg: not a readable picture" in err
     assert err.startswith("predict: ") and len(err.splitlines()) == 1
+    assert not multiprocessing.active_children()  # else the program would wait for them to end
 
 
 # pictures

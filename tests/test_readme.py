@@ -3,9 +3,9 @@
 import csv
 import importlib
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -174,12 +174,13 @@ def test_torchrun_gets_flags_that_it_and_the_script_know():
         parser(given.training_script).parse_args(given.training_script_args)
 
 
-@slow
 @pytest.mark.parametrize("name", MODULES)
-def test_python_runs_the_modules_of_data(name):
-    command = [sys.executable, "-m", name, "--help"]
-    call = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    assert call.stdout.startswith(f"usage: python -m {name} ") and call.stderr == ""
+def test_python_runs_the_modules_of_data(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    monkeypatch.delitem(sys.modules, name, raising=False)  # runpy warns of it
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_module(name, run_name="__main__")
+    assert not stop.value.code and capsys.readouterr().out.startswith(f"usage: python -m {name} ")
 
 
 # flags
@@ -231,6 +232,17 @@ def test_the_flags_on_the_pages_are_accepted():
     for name, words in found:
         names = [name] if name else [f"{method}.py" for method in METHODS] + [*MODULES]
         assert any(accepts(name, words) for name in names), (name, words)
+
+
+@slow
+def test_the_line_of_progress_tells_step_and_what_is_left(start, tmp_path):
+    pets = trees.own(tmp_path / "pets", [[1], [2], [3], [1, 3], [2, 3]], [[3]], ["a", "b", "c"])
+    flags = f"--dataset folder --task 2-1 {SMALL} --epochs 3 --batch 2"
+    lines = [line for line in start(flags, pets)[1].splitlines() if "iteration" in line]
+    pattern = r"  step {}, iteration {}/{}, 0:00:0\d left{}, \d+ images/s; mbce .*"
+    assert re.fullmatch(pattern.format(0, 6, 6, r" \(run: 0:\d\d:\d\d or more\)"), lines[0])
+    assert re.fullmatch(pattern.format(1, 3, 3, ""), lines[1]) and len(lines) == 2
+    assert common.clock(3725.4) == "1:02:05"
 
 
 @pytest.mark.parametrize("method", METHODS)
