@@ -1537,7 +1537,6 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         description=doc.split("\n\n")[0],
         usage="%(prog)s --task A-B [flags]; --help lists them",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     made.set_defaults(recipes=recipes)

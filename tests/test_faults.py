@@ -476,15 +476,3 @@ def test_the_runs_folder_lies_in_out(start, whole):
     """All parts of its name are checked (see BAD_FLAGS); the rest is a number or the script's."""
     args = argparse.Namespace(**json.loads((whole / "config.json").read_text())["flags"])
     assert common.Run(args, common.most_likely, "").folder.parent == Path(args.out)
-
-
-def test_every_promise_in_the_readme_names_its_tests():
-    section = (ROOT / "README.md").read_text().split("## Promises\n")[1].split("\n## ")[0]
-    rows = [row for row in section.splitlines() if row[:2] == "| "][2:]
-    assert len(rows) > 9
-    for row in rows:
-        checks = re.findall(r"`(?:python )?(?:-m )?([a-z_/.]+)`", row)
-        assert checks, row
-        for name in checks:
-            path = ROOT / (name if "/" in name else name.replace(".", "/") + ".py")
-            assert path.is_file(), row
