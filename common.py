@@ -515,8 +515,13 @@ def load_batches(view: View, keys: Iterable[list], args: argparse.Namespace) -> 
         generator=torch.Generator(),  # not the global one: resuming must not change it
         worker_init_fn=ignore_signals_in_worker,
     )
-    for images, labels in loader:
-        yield normalise(images, args.device), labels.to(args.device, non_blocking=True).long()
+    batches = iter(loader)
+    try:
+        for images, labels in batches:
+            yield normalise(images, args.device), labels.to(args.device, non_blocking=True).long()
+    finally:
+        if args.workers:  # after an error the garbage collector would wait a minute for each
+            batches._shutdown_workers()
 
 
 def normalise(images: Tensor, device: str) -> Tensor:
@@ -792,7 +797,10 @@ def rows_of(inputs: Sequence, size: int) -> Callable[[slice], list]:
         eye = torch.eye(maps.shape[dim], device=maps.device, dtype=maps.dtype)
         return upsample(eye[None, None], (size, maps.shape[dim]))[0, 0]
 
-    kinds = [getattr(x, "ndim", 0) for x in inputs]
+    batch = len(inputs[0])  # whatever has another first dimension is no map
+    kinds = [
+        getattr(x, "ndim", 0) if getattr(x, "ndim", 0) and len(x) == batch else 0 for x in inputs
+    ]
     plans: list = []  # of each input: its two matrices where it is upsampled
     for x, kind in zip(inputs, kinds, strict=True):
         if kind == 3:
@@ -892,7 +900,7 @@ def refuse_other_means(loss: Callable, share: Tensor, inputs: Sequence) -> None:
         (share[rows].sum() * loss(*cut(rows))).item()
         for rows in (slice(first.start, second.stop), first, second)
     )
-    if abs(both - sum(halves)) > 1e-4 * abs(both) + 1e-6:
+    if abs(both - sum(halves)) > 1e-4 * abs(both) + 3e-8:
         name = getattr(loss, "__name__", "the loss")
         raise InputError(
             f"dense: {name} of some rows is {both:g}, of their halves {sum(halves):g}. A mean over "
@@ -926,7 +934,7 @@ class Run:
     results     the finished steps' entries of metrics.json
     losses      those of this iteration, from `log`
     timing      of the step that was trained last
-    checked     kinds of losses that `dense` has seen before
+    checked     how often `dense` has seen each kind of loss
     """
 
     def __init__(self, args: argparse.Namespace, predict: Callable, published: str) -> None:
@@ -937,7 +945,7 @@ class Run:
         self.results: list[dict] = []
         self.losses: dict[str, Tensor] | None = None
         self.timing: dict[str, float] = {}
-        self.checked: set = set()
+        self.checked: Counter = Counter()
 
     def steps(self) -> Iterator[Step]:
         """The steps left to train. After the last one: the table of results."""
@@ -1116,13 +1124,16 @@ class Run:
             share = valid.sum((0, 2)).to(logits) * world / count
         function = getattr(loss, "func", loss)  # of a functools.partial
         key = getattr(function, "__code__", function), valid is None, logits.shape[1]
-        if key not in self.checked:
-            self.checked.add(key)
+        self.checked[key] += 1
+        if self.checked[key] in (1, 32):  # at first new and old model may be the same
             refuse_other_means(loss, share, [logits, *others])
         return DenseLoss.apply(loss, share, logits, *others)
 
     def log(self, losses: dict[str, Tensor]) -> Tensor:
-        """The sum of the losses. Each becomes a column of train.csv."""
+        """The sum of the losses, all scalars. Each becomes a column of train.csv."""
+        for name, loss in losses.items():
+            if not isinstance(loss, Tensor) or loss.ndim:
+                raise InputError(f"the loss {name} is no tensor of one number")
         self.losses = losses
         return sum(losses.values())
 
@@ -1133,6 +1144,8 @@ class Run:
 
         The step counts as done once metrics.json holds it; until then last.pt stays.
         """
+        if not self.timing:
+            raise InputError(f"step {step.index} ended before its last iteration: no break, please")
         self.conclude(step, model, {}, self.timing)
         if processes()[0] == 0:
             (self.folder / "last.pt").unlink(missing_ok=True)
@@ -1224,8 +1237,13 @@ class Run:
         versions["device"] = torch.cuda.get_device_name(args.device) if cuda else "cpu"
         content = {"flags": vars(args), "versions": versions, "commit": git_commit()}
         write_json(config, content | {"published": self.published, "classes": self.data.names})
-        shutil.copy(sys.argv[0], self.folder)
         data, done = self.data, len(self.results)
+        script, copy = Path(sys.argv[0]), self.folder / Path(sys.argv[0]).name
+        if copy.exists() and copy.read_bytes() != script.read_bytes():
+            before = copy.with_stem(f"{copy.stem}-before-{time.strftime('%Y%m%d-%H%M%S')}")
+            os.replace(copy, before)
+            self.say(f"{script.name} has changed since; the old one is kept as {before.name}")
+        shutil.copy(script, copy)
         self.say(f"run      {self.folder}" + f", {done} steps done" * bool(done))
         self.say(f"data     {data.where}: {len(data.train)} training, {len(data.test)} test images")
         self.say(f"steps    {' '.join(str(len(i)) for i in data.images)} training images")
@@ -1309,8 +1327,11 @@ class Progress:
         path, table = self.run.folder / "last.pt", self.run.folder / "train.csv"
         saved = self.run.checkpoint(path) if path.exists() else None
         if saved and saved.get("step") == self.step.index:
-            self.model.load_state_dict(saved["model"])
-            self.optimizer.load_state_dict(saved["optimizer"])
+            try:
+                self.model.load_state_dict(saved["model"])
+                self.optimizer.load_state_dict(saved["optimizer"])
+            except (RuntimeError, ValueError):
+                raise InputError(f"{path}: of another network or optimiser than now") from None
             torch.set_rng_state(saved["rng"])
             if "cuda_rng" in saved and torch.cuda.is_available():  # dropout's
                 torch.cuda.set_rng_state(saved["cuda_rng"], self.run.args.device)
@@ -1418,8 +1439,13 @@ class Progress:
 
 
 def refuse_parameters_outside(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """InputError: a trainable parameter is in no group of the optimiser."""
+    """InputError: a trainable parameter is in no group of the optimiser, or is not the model's."""
     learning = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if learning - {id(p) for p in model.parameters()}:
+        raise InputError(
+            "the optimiser has a parameter that is not the model's, and so would not be saved: "
+            "make its module an attribute of the model"
+        )
     outside = [k for k, p in model.named_parameters() if p.requires_grad and id(p) not in learning]
     if outside:
         more = f" and {len(outside) - 1} more" * (len(outside) > 1)

@@ -370,6 +370,12 @@ def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int, keep: bool 
     return (loss * valid).sum() / valid.sum().clamp(min=1)
 
 
+def published_cross_entropy(logits: Tensor, labels: Tensor, old: int) -> Tensor:
+    """The same with labels of old classes kept; the mean over all pixels, ignored ones too."""
+    share = (labels != IGNORE).to(logits).mean()  # of the valid pixels
+    return share * unbiased_cross_entropy(logits, labels, old, keep=True)
+
+
 def unbiased_distillation(logits: Tensor, old_logits: Tensor) -> Tensor:
     """MiB: distillation in which the old "background" is background or any new class.
 
@@ -455,12 +461,8 @@ def main(args: argparse.Namespace) -> None:
                 share = sure_share(labels, targets)
             if plop:
                 losses["ce"] = run.dense(adaptive_cross_entropy, logits, targets, share)
-            else:  # the mean over all pixels: that over the valid ones, times their share
-                valid = labels != IGNORE
-                ce = run.dense(
-                    unbiased_cross_entropy, logits, labels, step.first, True, valid=valid
-                )
-                losses["ce"] = valid.float().mean() * ce
+            else:
+                losses["ce"] = run.dense(published_cross_entropy, logits, labels, step.first)
             if not plop and not first:
                 losses["kd"] = args.kd_weight * run.dense(unbiased_distillation, logits, old_logits)
             if trained and first:

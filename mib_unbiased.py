@@ -93,6 +93,7 @@ import functools
 import itertools
 import json
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -148,8 +149,9 @@ def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int, keep: bool 
                 as background, as in the authors' code
     returns     scalar: mean over valid pixels, nats; no valid pixel: 0 with a gradient
     """
-    # the log of the mass of background and all old classes, and of all classes
-    background, total = logits[:, :old].logsumexp(1), logits.logsumexp(1)
+    z_old, z_new = logits.split([old, logits.shape[1] - old], 1)
+    background = z_old.logsumexp(1)  # log of the mass of background and all old classes
+    total = background if z_new.shape[1] == 0 else torch.logaddexp(background, z_new.logsumexp(1))
     valid = labels != IGNORE
     own = logits.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
     merged = labels == BACKGROUND if keep else labels < old
@@ -174,10 +176,10 @@ def unbiased_distillation(
     returns     scalar: mean over *all* pixels, divided by O (as in the authors' code), nats
     """
     old, p = old_logits.shape[1], (alpha * old_logits).softmax(1)
-    # the log of the mass of background and all new classes
-    background = torch.cat([logits[:, :1], logits[:, old:]], 1).logsumexp(1)
-    kept = p[:, 0] * background + (p[:, 1:] * logits[:, 1:old]).sum(1)
-    loss = logits.logsumexp(1) - kept  # the p sum to 1
+    z_old, z_new = logits[:, 1:old], torch.cat([logits[:, :1], logits[:, old:]], 1)
+    background = z_new.logsumexp(1)  # log of the mass of background and all new classes
+    total = background if old == 1 else torch.logaddexp(background, z_old.logsumexp(1))
+    loss = total - p[:, 0] * background - (p[:, 1:] * z_old).sum(1)  # the p sum to 1
     return (loss if mask is None else loss * mask).mean() / old
 
 
@@ -640,7 +642,7 @@ def recombined(pair: Pair) -> tuple[dict, dict]:
 
     def curve(front: str, back: str, *rest: str, among: str = "old") -> list[float]:
         found = (tally[(front, back, d, *rest, among)] for d in range(len(DEPTHS)))
-        return [100 * old_iou(c, base) / reference for c in found]
+        return [100 * old_iou(c, base) / (reference or math.nan) for c in found]
 
     def ious(*name: object) -> dict[str, float]:
         confusion = tally[(*name, "all")]
@@ -840,7 +842,13 @@ def analyse(args: argparse.Namespace) -> None:
     results = {}
     for given in args.analyse:
         name, folder = given.split("=", 1) if "=" in given else (given, given)
-        pair, file = open_pair(folder, args), Path(folder) / "analysis.json"
+        try:
+            pair, file = open_pair(folder, args), Path(folder) / "analysis.json"
+        except common.InputError as error:
+            if len(args.analyse) == 1:
+                raise
+            print(f"left out: {error}", file=sys.stderr)  # of runs/* a joint run, say
+            continue
         print(f"\n{name}: step 0 and step {pair.step.index}", flush=True)
 
         def found(analysis: Callable, pair: Pair = pair):
@@ -870,7 +878,9 @@ def analyse(args: argparse.Namespace) -> None:
         results[name] = common.without_nan(result)
         common.write_json(file, results[name])
         print(report(results[name]), flush=True)
-    folder = Path(args.out) / "analysis"
+    if not results:
+        raise common.InputError("--analyse: none of these is a run of two steps or more")
+    folder = Path(f"{args.out}-analysis")  # not in it: it is no run
     folder.mkdir(parents=True, exist_ok=True)
     drawn = draw_figures(results, folder)
     print(f"\nanalysis.json lies in each run's folder; {drawn}")

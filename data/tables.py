@@ -15,8 +15,12 @@ from data.files import read_table
 
 
 def average_of_steps(results: list[dict]) -> float:
-    """Mean over the steps of the mIoU over the classes seen at each, background included."""
-    return float(np.mean([r["with_background"]["all"] for r in results] or [math.nan]))
+    """Mean over the steps of the mIoU over the classes seen at each, background included.
+
+    A step without a test image of its classes has none, and is left out.
+    """
+    values = [r["with_background"]["all"] for r in results]
+    return float(np.mean([v for v in values if v is not None] or [math.nan]))
 
 
 def summary(result: dict) -> str:

@@ -208,3 +208,16 @@ def test_every_method_trains_on_own_pictures_and_has_its_row(start, tmp_path, me
     (tmp_path / "pets").rename(tmp_path / "others")
     status, _, err = start(flags, tmp_path / "others", method)
     assert status == 2 and "holds another run (data" in err
+
+
+@slow
+def test_a_step_without_a_test_image_of_its_classes_has_no_numbers(start, tmp_path, capsys):
+    pets = trees.own(tmp_path / "pets", [[1], [2], [3], [1, 3]], [[3]], ["a", "b", "c"])
+    status, out, err = start(f"--dataset folder --task 2-1 {SMALL} --epochs 1", pets)
+    assert (status, err) == (0, "")
+    folder = trees.folder_name("dkd", "2-1", "folder")
+    last = trees.results(folder)[-1]["with_background"]["all"]
+    assert f"average of 'all' over the steps: {last:.2f}" in out
+    assert compare.main([str(folder), "--curves", "x.png"]) == 0
+    (row,) = rows(capsys.readouterr().out)
+    assert row["base"] == f"{trees.results(folder)[-1]['with_background']['base']:.1f}"

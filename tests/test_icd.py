@@ -153,7 +153,8 @@ SAME = {  # name: scripts whose function of this name has the same text
     **dict.fromkeys(("pod", "local_pod", "entropy", "median", "published_median"), (icd, ucd)),
     **dict.fromkeys(("find_thresholds", "pseudo_labels", "sure_share"), (icd, ucd)),
     **dict.fromkeys(("adaptive_cross_entropy", "unbiased_cross_entropy"), (icd, ucd)),
-    **dict.fromkeys(("unbiased_distillation", "initialise"), (icd, ucd)),
+    **dict.fromkeys(("published_cross_entropy", "initialise"), (icd, ucd)),
+    "unbiased_distillation": (icd, ucd),
     "sgd": (icd, ilt, mib, ucd),
 }
 OTHER = {  # name: why another script's function of this name has another text

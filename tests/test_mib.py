@@ -566,7 +566,7 @@ def test_the_analysis_of_a_run(start, method):
     trunk = {k for k in model if k.startswith("trunk.")}
     assert same == {k for k in trunk if "num_batches" not in k}
 
-    figures = {path.name for path in Path("figures/analysis").glob("*.png")}
+    figures = {path.name for path in Path("figures-analysis").glob("*.png")}
     if importlib.util.find_spec("matplotlib"):
         assert figures == {
             f"{n}.png" for n in ("old_pixels", "stitching", "cka", "offset", "layers")

@@ -83,7 +83,8 @@ def shell(monkeypatch, tmp_path, capsys, few_shapes):
             given += shlex.split(small) * ("--analyse" not in given)
             status = trees.launch(Path(name).resolve(), shlex.join(given))
         out, err = capsys.readouterr()
-        assert (status, err) == (0, ""), (words, err)
+        left_out = "--analyse" in given  # names the runs of one step, which it cannot analyse
+        assert status == 0 and (left_out or err == ""), (words, err)
         return out
 
     return run
@@ -236,7 +237,7 @@ def test_the_flags_on_the_pages_are_accepted():
 
 @slow
 def test_the_line_of_progress_tells_step_and_what_is_left(start, tmp_path):
-    pets = trees.own(tmp_path / "pets", [[1], [2], [3], [1, 3], [2, 3]], [[3]], ["a", "b", "c"])
+    pets = trees.own(tmp_path / "pets", [[1], [2], [3], [1, 3], [2, 3]], [[1]], ["a", "b", "c"])
     flags = f"--dataset folder --task 2-1 {SMALL} --epochs 3 --batch 2"
     lines = [line for line in start(flags, pets)[1].splitlines() if "iteration" in line]
     pattern = r"  step {}, iteration {}/{}, 0:00:0\d left{}, \d+ images/s; mbce .*"
