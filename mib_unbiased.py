@@ -355,11 +355,11 @@ def main(args: argparse.Namespace) -> None:
             initialise(model)
         weights = importance(run, step, old_model) if args.ewc and not first else None
         memory = replay(run.data, step, args.replay)
-        table = step_labels(run.data, step, args.labels)
+        label_table = step_labels(run.data, step, args.labels)
         pseudo = args.labels == "pseudo" and not first
         optimizer = sgd(model, common.per_step(args.lr, step), args)
         net = run.parallel(model)
-        for images, labels in run.batches(step, model, optimizer, table, memory):
+        for images, labels in run.batches(step, model, optimizer, label_table, memory):
             logits, _ = net(images)
             if not first and (args.kd != "none" or pseudo):
                 with torch.no_grad():
@@ -638,6 +638,13 @@ def recombined(pair: Pair) -> tuple[dict, dict]:
             add(("reset", i), through([backs["first"][i], *last[i + 1 :]], front))
         add(("model", "last"), through(last[-1:], maps["last"][-1]))
 
+    drifts = {p: drift(a, b) for p, a, b in zip(PARTS, first, last, strict=True)}
+    stitching, layers = read_tally(tally, base)
+    return stitching, {"drift": drifts} | layers
+
+
+def read_tally(tally: dict[tuple, Tensor], base: int) -> tuple[dict, dict]:
+    """The two results of `recombined`, from the confusion matrices that it counts."""
     reference = old_iou(tally["model", "first", "old"], base)
 
     def curve(front: str, back: str, *rest: str, among: str = "old") -> list[float]:
@@ -660,7 +667,6 @@ def recombined(pair: Pair) -> tuple[dict, dict]:
         "control: untrained front, fitted": curve("untrained", "first", "fitted"),
     }
     layers = {
-        "drift": {p: drift(a, b) for p, a, b in zip(PARTS, first, last, strict=True)},
         "none reset": ious("model", "last"),
         "reset alone": {p: ious("reset", i) for i, p in enumerate(PARTS)},
         "reset up to here": {p: ious("first", "last", d) for d, p in enumerate(DEPTHS)},

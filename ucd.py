@@ -77,6 +77,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -177,13 +178,23 @@ def contrastive_distillation(
         loss, pairs = loss.masked_fill(~positive, 0).sum(1), positive.sum(1)
         return (loss / pairs.clamp(min=1)).sum(), (pairs > 0).sum()
 
-    rows = max(1, common.STRIP[anchors.is_cuda] // max(1, len(keys)))
+    return mean_in_blocks(anchors, sum_of, common.STRIP[anchors.is_cuda] // max(1, len(keys)))
+
+
+def mean_in_blocks(anchors: Tensor, sum_of: Callable, rows: int) -> Tensor:
+    """The mean over some anchors, in blocks whose gradient is taken at once, so that none is kept.
+
+    anchors     float [n, D]
+    sum_of      function of a block and its start -> the sum of its losses, and over how many
+    rows        of a block
+    """
     total, count, leaf = anchors.sum() * 0, 0, anchors.detach().requires_grad_()
-    for start in range(0, len(anchors), rows):  # a block's gradient is taken at once, none is kept
+    rows = max(1, rows)
+    for start in range(0, len(anchors), rows):
         with torch.enable_grad():
-            loss, with_positive = sum_of(leaf[start : start + rows], start)
+            loss, counted = sum_of(leaf[start : start + rows], start)
             loss.backward()
-        total, count = total + loss.detach(), count + with_positive
+        total, count = total + loss.detach(), count + counted
     if len(anchors):
         product = (anchors * leaf.grad).sum()  # its gradient is the one just taken
         total = (total + product - product.detach()) / count.clamp(min=1)
