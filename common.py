@@ -785,6 +785,11 @@ def evaluate(model: nn.Module, predict: Callable, data: Data, step: Step) -> dic
 # ---------------------------------------------------------------------------------------- dense
 
 
+def map_dims(x: object, batch: int) -> int:
+    """4 for maps [B, C, h, w], 3 for maps [B, H, W], 0 for all that is no map of the batch."""
+    return x.ndim if isinstance(x, Tensor) and x.ndim > 2 and len(x) == batch else 0
+
+
 def rows_of(inputs: Sequence, size: int) -> Callable[[slice], list]:
     """A function that gives some rows of `inputs` at full size, without making the rest.
 
@@ -792,28 +797,27 @@ def rows_of(inputs: Sequence, size: int) -> Callable[[slice], list]:
                 which the first can be cut by rows. [B, H, W] maps are cut; all else stays as it is
     """
 
-    def matrix(maps: Tensor, dim: int) -> Tensor:
+    def matrix(n: int, like: Tensor) -> Tensor:
         """[size, n], by which bilinear upsampling multiplies a dimension of n."""
-        eye = torch.eye(maps.shape[dim], device=maps.device, dtype=maps.dtype)
-        return upsample(eye[None, None], (size, maps.shape[dim]))[0, 0]
+        eye = torch.eye(n, device=like.device, dtype=like.dtype)
+        return upsample(eye[None, None], (size, n))[0, 0]
 
-    batch = len(inputs[0])  # whatever has another first dimension is no map
-    kinds = [
-        getattr(x, "ndim", 0) if getattr(x, "ndim", 0) and len(x) == batch else 0 for x in inputs
-    ]
-    plans: list = []  # of each input: its two matrices where it is upsampled
-    for x, kind in zip(inputs, kinds, strict=True):
-        if kind == 3:
+    plans = []  # of each input: its kind, and the two matrices where it is upsampled
+    for x in inputs:
+        dims, matrices = map_dims(x, len(inputs[0])), ()
+        if dims == 3:
             refuse_other_size(x, size)
-        plans.append((matrix(x, 2), matrix(x, 3).T) if kind == 4 else None)
+        if dims == 4:
+            matrices = matrix(x.shape[2], x), matrix(x.shape[3], x).T
+        plans.append((dims, *matrices))
 
     def cut(rows: slice) -> list:
         parts = []
-        for x, kind, plan in zip(inputs, kinds, plans, strict=True):
-            if kind == 4:
-                down, across = plan
+        for x, (dims, *matrices) in zip(inputs, plans, strict=True):
+            if dims == 4:
+                down, across = matrices
                 x = down[rows] @ x @ across
-            parts.append(x[:, rows] if kind == 3 else x)
+            parts.append(x[:, rows] if dims == 3 else x)
         return parts
 
     return cut
@@ -821,9 +825,10 @@ def rows_of(inputs: Sequence, size: int) -> Callable[[slice], list]:
 
 def strips(inputs: Sequence, size: int) -> list[slice]:
     """Rows 0 ... size - 1 in parts that fit the cache, or a part of a GPU's memory."""
-    maps = [x for x in inputs if getattr(x, "ndim", 0) == 4]
-    numbers = max(len(x) * x.shape[1] for x in maps) * size  # in one row
-    count = max(1, STRIP[maps[0].is_cuda] // max(1, numbers))
+    batch = len(inputs[0])
+    channels = max(x.shape[1] for x in inputs if map_dims(x, batch) == 4)
+    cuda = next(x.is_cuda for x in inputs if map_dims(x, batch))
+    count = max(1, STRIP[cuda] // max(1, batch * channels * size))
     return [slice(top, min(top + count, size)) for top in range(0, size, count)]
 
 
