@@ -955,8 +955,9 @@ class Run:
     def steps(self) -> Iterator[Step]:
         """The steps left to train. After the last one: the table of results."""
         args, rank = self.args, processes()[0]
-        if not (self.folder / "config.json").exists():
-            self.first_model()  # a bad --step0 or --weights is refused before there is a folder
+        from_file = args.step0 or args.weights != "none"
+        if from_file and not (self.folder / "config.json").exists():
+            self.first_model()  # a bad file is refused before there is a folder
         if rank == 0:
             self.open_folder()
         self.results = broadcast(self.results, args.device)

@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the CPU alone repeats bit by bit
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: xdist's workers share the cores
+if "PYTEST_XDIST_WORKER" in os.environ:  # its workers share the cores; before torch
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import trees  # noqa: E402
 

@@ -472,6 +472,7 @@ def test_nothing_is_read_as_code():
                 assert "pickle" not in ast.unparse(node), path
 
 
+@slow
 def test_the_runs_folder_lies_in_out(start, whole):
     """All parts of its name are checked (see BAD_FLAGS); the rest is a number or the script's."""
     args = argparse.Namespace(**json.loads((whole / "config.json").read_text())["flags"])
