@@ -235,6 +235,7 @@ def sbd_mat(path, classes):
 
 def test_download_writes_the_masks_of_both_releases(check, tmp_path, monkeypatch):
     """VOC's own masks, with void; SBD's for all other images. Then the data are checked."""
+    pytest.importorskip("scipy")
     base = trees.voc(tmp_path, [[1], [2]], [[3]], train_list=False)
     (base / "SegmentationClassAug").rename(base / "SegmentationClass")
     (base / "SegmentationClass/a1.png").unlink()
