@@ -22,7 +22,8 @@ are of one class. It is a further loss on top of a method: --base mib, or plop.
 | MiB: unbiased distillation                           | unbiased_distillation    |
 | MiB, PLOP: new classifiers from the background's     | initialise               |
 | PLOP: Local POD on maps and logits                   | local_pod, pod           |
-| PLOP: pseudo-labels below a class's entropy threshold | find_thresholds, pseudo_labels |
+| PLOP: background that is sure gets pseudo-labels     | pseudo_labels            |
+| PLOP: what is sure: a threshold of entropy per class | find_thresholds          |
 | PLOP: images weigh by their certain pixels           | adaptive_cross_entropy   |
 
     --contrast 0                                            the base alone
@@ -52,8 +53,8 @@ UCD:
  9. Distillation's weight on MiB. c: 10 in every task. As c; mib_unbiased.py takes 100 for 15-1.
 10. Cross-entropy on MiB. c: the mean over all pixels, void ones too. As c.
 PLOP:
-11. Maps. p: the text leaves open which; c: six: four stages before their last ReLU, the map that
-    the classifiers read, the logits. As c (without the fifth 61.2, with it 61.4).
+11. Maps of Local POD. c: six: the four stages before their last ReLU, the map that the classifiers
+    read, the logits. As c (without the fifth 61.2, with it 61.4).
 12. Thresholds. p: the median entropy of a class. c: read from a histogram of 100 bins, in which the
     entropies, divided twice by a logarithm of the number of classes and once by the number, fill
     the first two or three: nearly one threshold for all classes, for most half the first bin, 0.23
@@ -61,8 +62,9 @@ PLOP:
 13. The same histogram. c: adds indices of bins, not counts, below a bin (published_median); looks
     at one random crop per image, the last incomplete batch left out. As c. c: each process has
     thresholds of its own part of the images; here all look at the whole step.
-14. Images without any background. c: they weigh 0. As c.
-15. Step 0. c: cross-entropy is the mean over all pixels, void ones too. As c.
+14. Images without any background. c: they weigh 0. As c. On shapes there are none.
+15. Step 0. c: cross-entropy is the mean over all pixels, void ones too. As c. On shapes there are
+    none.
 16. Cells of Local POD on maps that are not square. c: measured by the width. Here by the shorter
     side. All training maps are square.
 Both:
