@@ -221,9 +221,10 @@ def list_samples(dataset: str, data: str, held_out: float = 0.0) -> Source:
 
 
 def how_to_get(dataset: str) -> str:
-    """The data set's section of data/README.md."""
+    """The data set's section of data/README.md, without the marks of its code blocks."""
     text = (HERE / "data" / "README.md").read_text(encoding="utf-8")
-    return text.split(f"--dataset {dataset}`\n")[1].split("\n## ")[0].strip() + "\n"
+    section = text.split(f"--dataset {dataset}`\n")[1].split("\n## ")[0].strip()
+    return re.sub(r"```\w*\n|```$", "", section, flags=re.M) + "\n"
 
 
 def voc_samples(root: Path) -> tuple[list, list]:
