@@ -169,10 +169,11 @@ def dense_plop(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: i
 
 
 def run_for_dense(size: int) -> common.Run:
-    """All that `dense` needs of a run."""
-    run = object.__new__(common.Run)
-    run.args, run.checked = argparse.Namespace(crop=size), set()
-    return run
+    """A run on shapes, for its `dense` at this size."""
+    sys.argv = [dkd.__file__, "--dataset", "shapes", "--crop", str(size)]
+    typed = dkd.flags().parse_args()
+    common.resolve(typed)
+    return common.Run(typed, dkd.predict, "")
 
 
 def losses(args: argparse.Namespace) -> None:

@@ -355,3 +355,13 @@ def test_a_faulty_picture_is_named_also_from_a_worker(start, tmp_path):
         status, _, err = start(f"{TINY} --workers {workers}", tmp_path / "bad")
         assert status == 2 and "a5.jpg: not a readable picture" in err
         assert len(err.splitlines()) == 1, err
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_losses_runs():
+    """Small: it also asserts that the losses equal the textbook's, and how little they keep."""
+    flags = ["losses", "--size", "128", "--batch", "1", "--repeats", "1"]
+    command = [sys.executable, str(ROOT / "tests/benchmark.py"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len([line for line in done.stdout.splitlines() if "151" in line]) == 4
