@@ -1152,7 +1152,7 @@ class Run:
         The step counts as done once metrics.json holds it; until then last.pt stays.
         """
         if not self.timing:
-            raise InputError(f"step {step.index} ended before its last iteration: no break, please")
+            raise InputError(f"step {step.index} was left before its last iteration")
         self.conclude(step, model, {}, self.timing)
         if processes()[0] == 0:
             (self.folder / "last.pt").unlink(missing_ok=True)
