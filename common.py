@@ -42,6 +42,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.transforms.v2.functional import resize
 
 from data import pictures, shapes
 from data.files import (
@@ -353,29 +354,32 @@ def crop_box(width: int, height: int, rng: np.random.Generator) -> tuple[int, in
 
 def train_view(
     picture: Image.Image, mask: Image.Image, crop: int, rng: np.random.Generator
-) -> tuple[Image.Image, Image.Image]:
-    """The random crop, resized to crop x crop, flipped with probability 1/2."""
+) -> tuple[Tensor, Tensor]:
+    """The random crop, resized to crop x crop, flipped with probability 1/2.
+
+    returns     uint8 [crop, crop, 3] and [crop, crop]
+    """
     box = crop_box(*picture.size, rng)
     # cropped first: a resize with box would let pixels from outside into the picture's border
-    picture = picture.crop(box).resize((crop, crop), Image.Resampling.BILINEAR)
-    mask = mask.resize((crop, crop), Image.Resampling.NEAREST, box)
-    if rng.random() < 0.5:
-        flip = Image.Transpose.FLIP_LEFT_RIGHT
-        picture, mask = picture.transpose(flip), mask.transpose(flip)
-    return picture, mask
+    pixels = torch.from_numpy(np.array(picture.crop(box))).permute(2, 0, 1)
+    pixels = resize(pixels, [crop, crop]).permute(1, 2, 0)  # as Pillow's, several times as fast
+    labels = torch.from_numpy(np.array(mask.resize((crop, crop), Image.Resampling.NEAREST, box)))
+    return (pixels.flip(1), labels.flip(1)) if rng.random() < 0.5 else (pixels, labels)
 
 
-def test_view(
-    picture: Image.Image, mask: Image.Image, crop: int
-) -> tuple[Image.Image, Image.Image]:
-    """Shorter side to `crop`, then centre crop, of picture and mask, in one resize call each."""
+def test_view(picture: Image.Image, mask: Image.Image, crop: int) -> tuple[Tensor, Tensor]:
+    """Shorter side to `crop`, then centre crop, of picture and mask, in one resize call each.
+
+    returns     uint8 [crop, crop, 3] and [crop, crop]
+    """
     width, height = picture.size
     w, h = (crop * side // min(width, height) for side in picture.size)
     left, top = round((w - crop) / 2), round((h - crop) / 2)
     x, y = width / w, height / h
     box = (left * x, top * y, min((left + crop) * x, width), min((top + crop) * y, height))
     picture = picture.resize((crop, crop), Image.Resampling.BILINEAR, box)
-    return picture, mask.resize((crop, crop), Image.Resampling.NEAREST, box)
+    mask = mask.resize((crop, crop), Image.Resampling.NEAREST, box)
+    return torch.from_numpy(np.array(picture)), torch.from_numpy(np.array(mask))
 
 
 class View(torch.utils.data.Dataset):
@@ -399,14 +403,11 @@ class View(torch.utils.data.Dataset):
             raise InputError(
                 f"{self.samples[index][1]}: {mask.size} pixels, its picture has {picture.size}"
             )
+        mask = mask.point(self.labels[index].tolist())
         if self.seed is None:
-            picture, mask = test_view(picture, mask, self.crop)
-        else:
-            rng = np.random.default_rng((*self.seed, epoch, index))
-            picture, mask = train_view(picture, mask, self.crop, rng)
-        return torch.from_numpy(np.array(picture)), torch.from_numpy(
-            self.labels[index][np.asarray(mask)]
-        )
+            return test_view(picture, mask, self.crop)
+        rng = np.random.default_rng((*self.seed, epoch, index))
+        return train_view(picture, mask, self.crop, rng)
 
 
 class Data:

@@ -10,13 +10,14 @@ from PIL import Image, ImageDraw
 
 TRAIN, TEST, SIZE = 1000, 200, 72  # pictures, pictures, pixels per side
 CLASSES = 20
+STRIDE = 9  # of 20 hues: neighbours in the class order are nearly opposite on the circle of hues
 
 
 @functools.cache
 def draw(number: int) -> tuple[Image.Image, Image.Image]:
     """A picture and its mask: one to four objects on a rough grey ground.
 
-    Class k = 1 ... 20 has the k-th of 20 hues and one of four outlines.
+    Class k = 1 ... 20 has one of four outlines, and a hue nearly opposite to that of class k - 1.
 
     number      0, 1, ... for training pictures, -1, -2, ... for test pictures
     returns     RGB picture and mask (class ids, 0 = background), both SIZE x SIZE pixels
@@ -34,7 +35,7 @@ def draw(number: int) -> tuple[Image.Image, Image.Image]:
         points = centre + radius * np.exp(1j * angle) * outline(label)
         corners = list(zip(points.real, points.imag, strict=True))
         hue, saturation, value = rng.uniform((-0.01, 0.7, 0.75), (0.01, 1, 1))
-        colour = colorsys.hsv_to_rgb((i / CLASSES + hue) % 1, saturation, value)
+        colour = colorsys.hsv_to_rgb((STRIDE * i / CLASSES + hue) % 1, saturation, value)
         ImageDraw.Draw(picture).polygon(corners, fill=tuple(int(255 * c) for c in colour))
         ImageDraw.Draw(mask).polygon(corners, fill=label)
     noisy = np.asarray(picture) + rng.normal(0, 12, (SIZE, SIZE, 3))
