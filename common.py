@@ -119,26 +119,29 @@ def task_steps(task: str, classes: int) -> list[Step]:
     ]
 
 
-def class_order(file: str | None, names: Sequence[str]) -> list[int]:
+def class_order(given: str | None, names: Sequence[str]) -> list[int]:
     """The data set's ids (1 ... K) in the order in which they are learned.
 
-    file    text, a class name or id per line, every class once; None = the data set's own order
+    given   the name of an order in data/orders.csv, or a text file with a class name or id per
+            line, every class once; None = the data set's own order
     """
     ids = list(range(1, len(names) + 1))
-    if file is None:
+    if given is None:
         return ids
+    orders = {r["name"]: r["order"] for r in read_table("orders") if int(r["classes"]) == len(ids)}
     known = {name: i for i, name in enumerate(names, 1)} | {str(i): i for i in ids}
-    lines = read_lines(file, "--class-order")
+    lines = orders[given].split() if given in orders else read_lines(given, "--class-order")
     if unknown := [line for line in lines if line not in known]:
         raise InputError(
-            f"--class-order {file}: no class is called {unknown[0]!r}; there are {', '.join(names)}"
+            f"--class-order {given}: no class is called {unknown[0]!r}; there are "
+            + ", ".join(names)
         )
     order = [known[line] for line in lines]
     if sorted(order) != ids:
         missing = [names[i - 1] for i in ids if i not in order]
         twice = [names[i - 1] for i, n in Counter(order).items() if n > 1]
         raise InputError(
-            f"--class-order {file}: every class once, please; missing {missing}, repeated {twice}"
+            f"--class-order {given}: every class once, please; missing {missing}, repeated {twice}"
         )
     return order
 
@@ -1600,7 +1603,9 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
         default=str(HERE / "data"),
         help="data set, as data/README.md says (data/)",
     )
-    add("--class-order", metavar="FILE", help="class names or ids, a line each (as in data/*.csv)")
+    text = "b to w: published orders of VOC; b, c: of ADE20K (data/orders.csv); or a file, a class "
+    text += "name or id per line (the data set's own order)"
+    add("--class-order", metavar="ORDER", help=text)
     text = "pixels that are left out, not background: void (in training), later (classes of later "
     text += f"steps, in the test), other (ADE20K's id 0, in the test) ({default('ignore')})"
     add("--ignore", choices=("void", "later", "other"), nargs="*", metavar="WHAT", help=text)

@@ -227,6 +227,16 @@ def sgd(model: common.DeepLabV3, lr: float, args: argparse.Namespace) -> torch.o
     )
 
 
+def published_name(args: argparse.Namespace) -> str:
+    """The rows in data/published.csv: the baseline's, or those of the paper's own protocol."""
+    if args.preset == "baseline":
+        return "ILT"
+    if args.setting != "sequential" or args.decoder_kd or args.similarity_kd or args.encoder_kd:
+        return ""
+    names = {(True, True): "ILT", (False, False): "FT"}
+    return names.get((args.freeze_encoder, args.output_kd > 0), "")
+
+
 def main(args: argparse.Namespace) -> None:
     _, processes = common.processes()  # under torchrun each one compares its own images
     if args.similarity_kd and args.similarity_form != "pixel" and args.batch < 2 * processes:
@@ -238,7 +248,7 @@ def main(args: argparse.Namespace) -> None:
     filled = ", ".join(f"{k} {v}" for k, v in preset if getattr(args, k) == v)
     print(f"preset {args.preset}: {filled}")
     weights = args.output_kd, args.encoder_kd, args.decoder_kd, args.similarity_kd
-    run = common.Run(args, common.most_likely, "ILT" if args.preset == "baseline" else "")
+    run = common.Run(args, common.most_likely, published_name(args))
     for step in run.steps():
         old_model, model = run.models(step)
         first = old_model is None

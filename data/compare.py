@@ -3,8 +3,9 @@
     python -m data.compare runs/* --curves curves.png
     python -m data.compare mine=runs/mine-voc-15-1-overlapped-s0 runs/dkd-voc*
 
-Runs that differ only in the seed share a row: mean and standard deviation. What
-is no finished run is named on stderr and left out; the exit status is then 2.
+Runs that differ only in the seed, or in the class order, share a row: mean and
+standard deviation. What is no finished run is named on stderr and left out; the
+exit status is then 2.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ from data.tables import averaging_convention, best_published
 
 AVERAGES = ("base", "new", "all")
 # flags that the table does not list: they have a column, or change nothing in the method
-UNLISTED = {"task", "dataset", "setting", "seed", "data", "out", "step0", "save_every", "device"}
-UNLISTED |= {"precision", "workers", "method", "head", "dropout", "bn_momentum", "warmup"}
+UNLISTED = {"task", "dataset", "setting", "seed", "class_order", "data", "out", "step0", "device"}
+UNLISTED |= {"save_every", "precision", "workers", "method", "head", "dropout", "bn_momentum"}
+UNLISTED |= {"warmup"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -74,6 +76,7 @@ def read_run(given: str) -> dict:
         own_data = f" {Path(used['data']).name}" if used["dataset"] == "folder" else ""
         run = {key: used[key] for key in ("method", "dataset", "task", "setting", "seed")} | {
             "name": name or config["published"] or used["method"],
+            "order": Path(used["class_order"]).name if used["class_order"] else "own",
             "published": config["published"],
             "flags": [
                 as_typed(key, used[key])
@@ -112,12 +115,12 @@ def as_typed(key: str, value: object) -> str:
 
 
 def table_rows(runs: Sequence[dict]) -> list[dict]:
-    """A row per group of runs that differ in the seed only.
+    """A row per group of runs that differ in the seed or in the class order only.
 
     A joint run (--task offline) has one step, in which all classes are learned: its classes are
     divided, averaged and compared as those of the first other task on its data set.
 
-    returns     "name"; "runs"; "values" [seeds, steps, 3]: base, new, all in percent; "published":
+    returns     "name"; "runs"; "values" [runs, steps, 3]: base, new, all in percent; "published":
                 a row of data/published.csv or None; "averages": what base and all cover
     """
     groups: dict[str, list[dict]] = {}
@@ -132,7 +135,7 @@ def table_rows(runs: Sequence[dict]) -> list[dict]:
             others = (r for r in runs if r["dataset"] == run["dataset"] and r["task"] != "offline")
             like = next(others, run)
         place = like["dataset"], like["task"], like["setting"]
-        best = best_published(*place, like["published"])
+        best = best_published(*place, like["published"]) if like["order"] == "own" else None
         averages = averaging_convention(best) if best else "with background"
         if like is not run:
             best = best_published(*place, "Joint", averages)
@@ -167,7 +170,8 @@ def cells(row: dict, shared: Sequence[str]) -> dict[str, str]:
     for kind, values in zip(AVERAGES, row["values"][:, -1].T, strict=True):
         spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
         text[kind] = "-" if np.isnan(values).any() else f"{values.mean():.1f}{spread}"
-    text["seeds"] = ", ".join(str(seed) for seed in sorted(run["seed"] for run in runs))
+    text["seeds"] = ", ".join(map(str, sorted({run["seed"] for run in runs})))
+    text["class order"] = ", ".join(sorted({run["order"] for run in runs}))
     text["published"] = "-"
     if best := row["published"]:
         means = " / ".join(best[k] or "-" for k in ("old", "new", "all"))
@@ -184,7 +188,7 @@ def cells(row: dict, shared: Sequence[str]) -> dict[str, str]:
 
 
 def draw_curves(rows: Sequence[dict], file: str) -> None:
-    """mIoU over the steps: a line per row, and one standard deviation over the seeds.
+    """mIoU over the steps: a line per row, and one standard deviation over its runs.
 
     InputError: no matplotlib, or a file that cannot be written
     """

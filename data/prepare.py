@@ -200,8 +200,8 @@ def flags() -> argparse.ArgumentParser:
     add("--setting", choices=settings, default="overlapped", help=text)
     text = "disjoint, sequential: keep images that also show later classes (off)"
     add("--keep-later", action="store_true", help=text)
-    text = "class names or ids, one per line (the order of data/*.csv)"
-    add("--class-order", metavar="FILE", help=text)
+    text = "an order of data/orders.csv, or a file: class names or ids, one per line (data/*.csv's)"
+    add("--class-order", metavar="ORDER", help=text)
     text = "test on this part of the training images, 0 to 0.5 (0: on the test images)"
     add("--held-out", type=float, default=0.0, metavar="PART", help=text)
     return parser

@@ -43,7 +43,8 @@ def results_table(
             if values[-1] is not None:
                 lines.append(title.ljust(26) + "".join(cell.rjust(8) for cell in cells))
     lines.append(f"average of 'all' over the steps: {average_of_steps(results):.2f}")
-    for row in published(args.dataset, args.task, args.setting, method):
+    own_order = args.class_order is None  # what was published is of that one
+    for row in published(args.dataset, args.task, args.setting, method) if own_order else ():
         values = ", ".join(f"{k} {row[v]}" for k, v in (("base", "old"), ("new", "new")) if row[v])
         covers = averaging_convention(row)
         lines.append(f"published: {values}, all {row['all']} ({covers}; {row['source']})")

@@ -84,8 +84,20 @@ def test_a_single_run_is_one_whole_row(tmp_path, capsys):
     flags = "--task 16-5 --dataset msrc --keep-later --class-order a/mine.txt"
     assert compare.main([finished(tmp_path / "b", ilt, flags, 50, steps=2)]) == 0
     (row,) = rows(capsys.readouterr().out)
-    assert row["method"] == "ilt"
-    assert row["command"] == "`ilt.py --keep-later --class-order mine.txt`"
+    assert (row["method"], row["class order"]) == ("ilt", "mine.txt")
+    assert row["command"] == "`ilt.py --keep-later`"
+
+
+def test_runs_over_class_orders_share_a_row(tmp_path, capsys):
+    """What was published is of the data set's own order."""
+    runs = [
+        finished(tmp_path / name, dkd, f"--task 15-1 --class-order {name}", value, "DKD")
+        for name, value in (("b", 50), ("c", 60), ("d", 50), ("e", 60))
+    ]
+    assert compare.main(runs) == 0
+    (row,) = rows(capsys.readouterr().out)
+    assert (row["class order"], row["published"]) == ("b, c, d, e", "-")
+    assert row["new"] == f"55.0 ± {(100 / 3) ** 0.5:.1f}"
 
 
 def test_minutes_leave_out_a_step_that_another_run_has_trained(tmp_path, capsys):
