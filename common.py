@@ -47,9 +47,11 @@ from torchvision.transforms.v2.functional import resize
 from data import pictures, shapes
 from data.files import (
     IGNORE,
+    IMAGENET,
     CorruptFile,
     InputError,
     classes_in_image,
+    imagenet_weights,
     read_checkpoint,
     read_json,
     read_lines,
@@ -556,8 +558,14 @@ class SmallResNet(ResNet):
             setattr(self, f"layer{i + 1}", self._make_layer(BasicBlock, 16 << i, 1, stride))
 
 
-BACKBONES = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "small")
-MOBILENET_STAGES = (4, 7, 14, 18)  # ends of the stages of stride 4, 8, 16, 32 in its feature blocks
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "small")
+SEQUENCES = {  # the other trunks are a sequence of blocks: channels, and where the four stages end
+    "mobilenet_v2": (320, (4, 7, 14, 18)),
+    "swin_t": (768, (2, 4, 6, 8)),
+    "swin_s": (768, (2, 4, 6, 8)),
+    "swin_b": (1024, (2, 4, 6, 8)),
+}
+BACKBONES = (*RESNETS, *SEQUENCES)
 
 
 def before_relu(block: nn.Module, x: Tensor) -> Tensor:
@@ -585,7 +593,7 @@ class DeepLabV3(nn.Module):
     """DeepLabV3 (Chen et al., arXiv 1706.05587) from torchvision's parts, a classifier per step.
 
     backbone        one of BACKBONES
-    output_stride   8 or 16
+    output_stride   8 or 16; of Swin 32, as in CoinSeg and NeST: nothing in it can be dilated
     classes         number of new classes of each step so far, such as [15, 1]
     dropout         probability behind the ASPP (torchvision: 0.5)
     dilate_first    of the stages without a stride, the first 3x3 convolution is dilated like the
@@ -605,16 +613,18 @@ class DeepLabV3(nn.Module):
     ) -> None:
         super().__init__()
         self.bf16 = bf16
-        width, rates = 256, {16: (6, 12, 18), 8: (12, 24, 36)}[output_stride]
+        width, rates = 256, (12, 24, 36) if output_stride == 8 else (6, 12, 18)
         if backbone == "small":
             trunk, width, rates = SmallResNet(), 64, (1, 2, 3)  # for crops of 64 pixels
         else:
             trunk = torchvision.models.get_model(backbone, weights=None)
-        if backbone == "mobilenet_v2":
-            blocks, channels = trunk.features[:18], 320
-            trunk = nn.ModuleDict({"features": blocks})
-            ends = (0, *MOBILENET_STAGES)
-            stages = [blocks[a:b] for a, b in itertools.pairwise(ends)]
+        if backbone in SEQUENCES:
+            channels, self.ends = SEQUENCES[backbone]
+            parts = {"features": trunk.features[: self.ends[-1]]}
+            if hasattr(trunk, "norm"):  # Swin's
+                parts["norm"] = trunk.norm
+            trunk = nn.ModuleDict(parts)
+            stages = [trunk["features"][a:b] for a, b in itertools.pairwise((0, *self.ends))]
         else:
             channels = trunk.inplanes  # torchvision counts them while it builds the stages
             del trunk.avgpool, trunk.fc
@@ -630,13 +640,19 @@ class DeepLabV3(nn.Module):
         self.classifiers = nn.ModuleList(nn.Conv2d(width, n, 1) for n in (1, *classes))
 
     def stages(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Stages 1-4, and the same before their last ReLU (MobileNetV2 has none there)."""
+        """Stages 1-4, and the same before their last ReLU (MobileNetV2 and Swin have none there).
+
+        Swin's are normalised, the first three without weights of their own.
+        """
         after, before = [], []
         if isinstance(self.trunk, nn.ModuleDict):
             for i, block in enumerate(self.trunk["features"], 1):
                 x = block(x)
-                if i in MOBILENET_STAGES:
+                if i in self.ends:
                     after.append(x)
+            if "norm" in self.trunk:  # of Swin's maps [B, h, w, D]
+                after = [F.layer_norm(x, x.shape[3:]) for x in after[:3]] + [self.trunk["norm"](x)]
+                after = [x.permute(0, 3, 1, 2) for x in after]
             return after, after
         trunk = self.trunk
         x = trunk.maxpool(trunk.relu(trunk.bn1(trunk.conv1(x))))
@@ -687,21 +703,14 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
 def load_trunk(model: DeepLabV3, backbone: str, weights: str) -> str:
     """Loads a trunk; says in one line what was loaded and what stays random.
 
-    weights     "imagenet" (torchvision's IMAGENET1K_V1, the papers' kind), "none", or a file with
-                a state dict in torchvision's names, which may cover the trunk in part
+    weights     "none", "imagenet", "imagenet-v2" (torchvision's; the first is the papers' kind), or
+                a file with a state dict in torchvision's names, which may cover the trunk in part
     InputError  no network, no such file, or weights of another network
     """
     if weights == "none":
         return "random"
-    if weights == "imagenet":
-        try:
-            kind = torchvision.models.get_model_weights(backbone).IMAGENET1K_V1
-            state = kind.get_state_dict(progress=True)
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"--weights imagenet: not to be had for {backbone} ({error}). Give a file of "
-                "torchvision's weights (--weights FILE), or --weights none to start at random"
-            ) from None
+    if weights in IMAGENET:
+        state = imagenet_weights(backbone, weights)
     else:
         state = read_checkpoint(weights, "--weights")
     target = model.trunk.state_dict()
@@ -1626,11 +1635,14 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     text = f"side of the network's input, pixels ({default('crop')})"
     add("--crop", type=positive, metavar="PIXELS", help=text)
     add = made.add_argument_group("model").add_argument
-    add("--backbone", choices=BACKBONES, help=f"the trunk ({default('backbone')})")
-    text = f"of the trunk: imagenet (torchvision's), none (random), a file ({default('weights')})"
+    text = f"the trunk: {', '.join(BACKBONES)}. Swin is torchvision's, with windows of 7 cells; "
+    text += f"the papers' windows of 12, for 384 pixels, are not there ({default('backbone')})"
+    add("--backbone", choices=BACKBONES, metavar="NAME", help=text)
+    text = "of the trunk: torchvision's imagenet or imagenet-v2 (its second ones, of resnet50, "
+    text += f"resnet101, mobilenet_v2), none (random), or a file ({default('weights')})"
     add("--weights", metavar="FILE", help=text)
-    text = f"input pixels per cell of the trunk's last map ({default('output_stride')})"
-    add("--output-stride", type=int, choices=(8, 16), help=text)
+    text = f"input pixels per cell of the trunk's last map ({default('output_stride')}; Swin: 32)"
+    add("--output-stride", type=int, choices=(8, 16, 32), help=text)
     text = (
         "where the stride is taken out of a stage, its first 3x3 convolution is dilated like the "
     )
@@ -1705,7 +1717,14 @@ def resolve_device(device: str) -> str:
 
 def resolve(args: argparse.Namespace) -> None:
     """Fills in what was not typed: the recipe of the data set, device, precision, workers."""
+    if (args.backbone or "").startswith("swin"):
+        args.output_stride = args.output_stride or 32  # the recipes have that of a ResNet
     fill_in(vars(args))
+    if args.backbone.startswith("swin") != (args.output_stride == 32):
+        raise InputError(
+            f"--output-stride {args.output_stride}: not of {args.backbone}; Swin has 32, all "
+            "others have 8 or 16"
+        )
     args.method = Path(sys.argv[0]).stem
     args.task = args.task or {"ade": "100-50", "msrc": "16-5"}.get(args.dataset, "15-1")
     for key in ("epochs", "lr", "positive_weight"):

@@ -103,6 +103,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchvision.ops import Permute
 
 import common
 from common import BACKGROUND, IGNORE
@@ -456,8 +457,12 @@ def parts(model: common.DeepLabV3) -> list[nn.Module]:
     """The network in eight PARTS: images [B, 3, H, W] -> ... -> logits [B, C, h, w]."""
     trunk = model.trunk
     if isinstance(trunk, nn.ModuleDict):
-        ends = (0, 1, *common.MOBILENET_STAGES)
-        front = [trunk["features"][a:b] for a, b in itertools.pairwise(ends)]
+        front = [trunk["features"][a:b] for a, b in itertools.pairwise((0, 1, *model.ends))]
+        if "norm" in trunk:  # Swin, whose blocks take and give [B, h, w, D]
+            front[-1].append(trunk["norm"])
+            enter, leave = Permute([0, 2, 3, 1]), Permute([0, 3, 1, 2])
+            stem, *rest = front
+            front = [nn.Sequential(stem, leave), *(nn.Sequential(enter, x, leave) for x in rest)]
     else:
         stem = nn.Sequential(trunk.conv1, trunk.bn1, trunk.relu, trunk.maxpool)
         front = [stem, trunk.layer1, trunk.layer2, trunk.layer3, trunk.layer4]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torchvision
 from PIL import Image
 
 from data import shapes
@@ -198,4 +199,20 @@ def read_checkpoint(path: str | Path, what: str) -> dict:
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise CorruptFile(
             f"{what} {path}: not a file of tensors and plain values ({reason})"
+        ) from None
+
+
+IMAGENET = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}  # torchvision's names
+
+
+def imagenet_weights(backbone: str, weights: str) -> dict:
+    """torchvision's state dict, fetched once. InputError: there is none, or no network."""
+    try:
+        kind = torchvision.models.get_model_weights(backbone)[IMAGENET[weights]]
+        return kind.get_state_dict(check_hash=True, weights_only=True)
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        reason = f"no {error} in torchvision" if isinstance(error, KeyError) else error
+        raise InputError(
+            f"--weights {weights}: not to be had for {backbone} ({reason}). Give a file of "
+            "torchvision's weights (--weights FILE), or --weights none to start at random"
         ) from None

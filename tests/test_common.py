@@ -18,6 +18,8 @@ import common
 from common import InputError, Step
 from data import files, shapes
 
+slow = pytest.mark.slow
+
 # tasks
 
 
@@ -492,7 +494,7 @@ def test_batches_are_normalised_and_in_order(workers):
 # model
 
 
-@pytest.mark.parametrize("backbone", common.BACKBONES)
+@pytest.mark.parametrize("backbone", [*common.RESNETS, "mobilenet_v2"])
 @pytest.mark.parametrize("stride", [8, 16])
 def test_shapes_of_logits_and_features(backbone, stride):
     model = common.DeepLabV3(backbone, stride, [3, 2]).eval()
@@ -546,6 +548,35 @@ def test_mobilenet_is_torchvisions_with_dilated_last_stage():
     assert {f"features.{k}" for k in reference} == {*model.trunk.state_dict()}
 
 
+@pytest.mark.parametrize(
+    "backbone", ["swin_t", *(pytest.param(f"swin_{k}", marks=slow) for k in "sb")]
+)
+def test_swin_is_torchvisions(backbone):
+    """Its last map is what torchvision pools; the others are normalised, and lie as all maps do."""
+    model = common.DeepLabV3(backbone, 32, [3, 2]).eval()
+    reference = torchvision.models.get_model(backbone, weights=None)
+    assert {*reference.state_dict()} - {*model.trunk.state_dict()} == {"head.weight", "head.bias"}
+    reference.load_state_dict(model.trunk.state_dict(), strict=False)
+    x = torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        logits, features = model(x)
+        expected = reference.eval().norm(reference.features(x)).permute(0, 3, 1, 2)
+    maps = features["stages"]
+    assert torch.equal(maps[3], expected) and logits.shape == (1, 6, 3, 2)
+    assert [m.shape[2:] for m in maps] == [(24, 16), (12, 8), (6, 4), (3, 2)]
+    assert all(a is b for a, b in zip(maps, features["before_relu"], strict=True))
+    for kept in maps[:3]:
+        assert torch.allclose(kept.mean(1), torch.zeros(1), atol=1e-5)
+        assert torch.allclose(kept.var(1, correction=0), torch.ones(1), atol=1e-2)
+
+
+def test_swin_has_stride_32_and_no_other():
+    assert trees.arguments("icd", "--backbone swin_b").output_stride == 32
+    for flags in ("--backbone swin_t --output-stride 16", "--output-stride 32"):
+        with pytest.raises(InputError, match="Swin has 32, all others have 8 or 16"):
+            trees.arguments("dkd", flags)
+
+
 def test_growing_leaves_the_old_outputs_unchanged():
     torch.manual_seed(0)
     old = common.DeepLabV3("small", 8, [3, 1]).eval()
@@ -584,6 +615,43 @@ def test_trunk_weights_whole_in_part_and_wrong(tmp_path):
         torch.save(content, file)
         with pytest.raises(InputError, match=message):
             common.load_trunk(model, "resnet50", str(file))
+
+
+@pytest.mark.parametrize(
+    ("weights", "backbone", "reason"),
+    [
+        ("imagenet", "small", "Unknown model small"),
+        ("imagenet-v2", "resnet18", "no 'IMAGENET1K_V2' in torchvision"),
+        ("imagenet-v2", "swin_t", "no 'IMAGENET1K_V2' in torchvision"),
+        ("imagenet-v2", "resnet50", "unreachable"),
+    ],
+)
+def test_trunk_weights_that_are_not_to_be_had(monkeypatch, weights, backbone, reason):
+    def unreachable(url, **_):
+        raise OSError("unreachable")
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", unreachable)
+    message = f"--weights {weights}: not to be had for {backbone} .{reason}"
+    with pytest.raises(InputError, match=message):
+        common.load_trunk(None, backbone, weights)
+
+
+def test_imagenets_two_kinds_of_weights(monkeypatch):
+    urls = []
+
+    def fetch(url, **_):
+        urls.append(url)
+        return torchvision.models.mobilenet_v2().state_dict()
+
+    monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", fetch)
+    model, kinds = (
+        common.DeepLabV3("mobilenet_v2", 16, [1]),
+        torchvision.models.MobileNet_V2_Weights,
+    )
+    for weights in ("imagenet", "imagenet-v2"):
+        text = common.load_trunk(model, "mobilenet_v2", weights)
+        assert text.endswith(f"from {weights}; random stay: none")
+    assert urls == [kinds.IMAGENET1K_V1.url, kinds.IMAGENET1K_V2.url]
 
 
 # metric

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trees import CLASSES, METHODS, SMALL, TINY, assert_same, read_rows, results, weights
 
 import common
-from data import files
+from data import files, shapes
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = trees.folder_name("dkd")
@@ -128,6 +128,20 @@ def test_shapes_run_through_the_same_code(start, few_shapes, method):
     status, out, err = start(flags, method=method)
     assert (status, err) == (0, "") and "80 training, 20 test images" in out
     assert (Path(f"drawn/{method}-shapes-15-5-overlapped-s0") / "pictures/step_1.png").exists()
+
+
+@slow
+@pytest.mark.parametrize("method", [*METHODS, "ucd --base plop"])
+def test_all_methods_run_with_swin(start, monkeypatch, method):
+    """Its maps are those of PLOP, ICD and ILT."""
+    monkeypatch.setattr(shapes, "TRAIN", 80)
+    monkeypatch.setattr(shapes, "TEST", 4)
+    method, _, flags = method.partition(" ")
+    flags += " --task 19-1 --dataset shapes --backbone swin_t --crop 128 --batch 2 --dry-run"
+    if method == "ilt":
+        flags += " --encoder-kd 1 --decoder-kd 1 --similarity-kd 1 --no-freeze-encoder"
+    status, out, err = start(flags, method=method)
+    assert (status, err) == (0, "") and "output_stride 32" in out
 
 
 SKELETON = """\
