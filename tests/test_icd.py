@@ -160,6 +160,7 @@ SAME = {  # name: scripts whose function of this name has the same text
 OTHER = {  # name: why another script's function of this name has another text
     "main": "each has its own",
     "flags": "each has its own",
+    "published_name": "each has its own",
     "sgd": "DKD decays the newest classifier alone",
     "initialise": "DKD: from the auxiliary classifier; MiB with its comment",
     "pseudo_labels": "MiB: of all background",
