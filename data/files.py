@@ -10,9 +10,11 @@ import functools
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -154,7 +156,7 @@ def classes_in_image(masks: Sequence[Path | int], classes: int) -> list[list[int
     return [known[mask.name][1] for mask in masks]
 
 
-# ------------------------------------------------------------------------- JSON and checkpoints
+# ------------------------------------------------------------- JSON, checkpoints, downloads
 
 
 def write_atomically(path: Path, write: Callable) -> None:
@@ -200,6 +202,15 @@ def read_checkpoint(path: str | Path, what: str) -> dict:
         raise CorruptFile(
             f"{what} {path}: not a file of tensors and plain values ({reason})"
         ) from None
+
+
+def fetch(url: str, file: Path) -> None:
+    """Downloads. If the name ends like step_0-1a2b3c4d.pt, the file's SHA-256 has to begin so."""
+    prefix = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
+    try:
+        torch.hub.download_url_to_file(url, str(file), prefix and prefix[1])
+    except (OSError, RuntimeError, ValueError, HTTPException) as error:
+        raise InputError(f"{url}: cannot be fetched ({error})") from None
 
 
 IMAGENET = {"imagenet": "IMAGENET1K_V1", "imagenet-v2": "IMAGENET1K_V2"}  # torchvision's names

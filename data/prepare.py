@@ -12,32 +12,39 @@ a flag cannot be used.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import shutil
+import hashlib
+import os
+import re
 import sys
+import tempfile
+import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torchvision
-from PIL import Image
 
 import common
 from common import IGNORE, InputError
 from data import files
 
+ADE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
+ADE_SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"  # as many public scripts have it
+# SegmentationClassAug, released by the authors of SSUL. It is checked by its number of masks
+VOC_MASKS = "https://github.com/clovaai/SSUL/releases/download/preparation/SegmentationClassAug.zip"
+VOC_MASK_COUNT = 12_031  # 10,582 for the training, 1,449 for the test
 STRANGE_COLOURS = "colours of no class, taken as void"  # in MSRC-v2: a note, not an error
 
 
 def main(argv: list[str] | None = None) -> int:
     args = flags().parse_args(argv)
     try:
-        if args.download and args.dataset != "voc":
+        if args.download and args.dataset not in DOWNLOADS:
             print(common.how_to_get(args.dataset), end="")
             return 0
         if args.download:
-            download(Path(args.data))
+            download(args.dataset, Path(args.data))
         return check(args)
     except (InputError, OSError) as error:
         print(f"prepare: {error}", file=sys.stderr)
@@ -143,41 +150,59 @@ def count_images(
             print(f"  {task:7} {setting:11} {part:6} {' '.join(cells)}")
 
 
-def download(root: Path) -> None:
-    """Fetches VOC 2012 and SBD through torchvision, and writes SegmentationClassAug from both.
-
-    InputError: no scipy, no network, or a broken archive
-    """
-    if not importlib.util.find_spec("scipy"):
-        raise InputError("--download: SBD's .mat files need one more package: pip install scipy")
-    voc, sbd = root / "VOCdevkit" / "VOC2012", root / "sbd"
+def download(dataset: str, root: Path) -> None:
+    """InputError: no network, or another file than expected; it says where what has to lie."""
     try:
-        torchvision.datasets.VOCSegmentation(root, "2012", "trainval", download=True)
-        if not (sbd / "cls").is_dir():
-            torchvision.datasets.SBDataset(sbd, "train", "segmentation", download=True)
-    except (OSError, RuntimeError) as error:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=root, prefix=".") as beside:  # nothing stays half done
+            DOWNLOADS[dataset](root, Path(beside))
+    except (InputError, OSError, RuntimeError, zipfile.BadZipFile) as error:
         raise InputError(
-            f"--download: {error}. Is there a network? The same command tries again"
+            f"--download: {error}. The same command tries again; or by hand:\n"
+            + common.how_to_get(dataset).rstrip()
         ) from None
-    write_aug_masks(voc, sbd / "cls")
-    print(f"{voc} is complete", flush=True)
 
 
-def write_aug_masks(voc: Path, mats: Path) -> None:
-    """SegmentationClassAug: VOC's own masks, with void borders; SBD's .mat for all other images."""
-    from scipy.io import loadmat
+def download_ade(root: Path, beside: Path) -> None:
+    target, archive, digest = root / "ADEChallengeData2016", beside / "ade.zip", hashlib.sha1()
+    if target.exists():
+        return
+    files.fetch(ADE, archive)
+    with open(archive, "rb") as file:
+        for part in iter(lambda: file.read(2**20), b""):
+            digest.update(part)
+    if digest.hexdigest() != ADE_SHA1:
+        raise InputError(f"{ADE}: another file than expected (SHA-1 {digest.hexdigest()})")
+    with zipfile.ZipFile(archive) as zipped:
+        zipped.extractall(beside)
+    os.replace(beside / target.name, target)
 
-    target = voc / "SegmentationClassAug"
-    target.mkdir(exist_ok=True)
-    own = {path.stem for path in (voc / "SegmentationClass").glob("*.png")}
-    for name in own:
-        shutil.copy(voc / "SegmentationClass" / f"{name}.png", target)
-    palette = sum(common.class_table("voc")[1], ())
-    for path in mats.glob("*.mat"):
-        if path.stem not in own:
-            mask = Image.fromarray(loadmat(path)["GTcls"][0]["Segmentation"][0])
-            mask.putpalette(palette)
-            mask.save(target / f"{path.stem}.png")
+
+def download_voc(root: Path, beside: Path) -> None:
+    """VOC 2012 through torchvision, which checks its MD5, and SegmentationClassAug."""
+    voc, masks = root / "VOCdevkit" / "VOC2012", beside / "SegmentationClassAug"
+    if not (voc / "JPEGImages").exists():
+        torchvision.datasets.VOCSegmentation(root, "2012", "trainval", download=True)
+    if (voc / masks.name).exists():
+        return
+    files.fetch(VOC_MASKS, beside / "masks.zip")
+    masks.mkdir()
+    with zipfile.ZipFile(beside / "masks.zip") as zipped:
+        for member in zipped.namelist():
+            name = member.rpartition("/")[2]
+            if re.fullmatch(r"\d{4}_\d{6}\.png", name):
+                (masks / name).write_bytes(zipped.read(member))
+    found = {file.stem for file in masks.iterdir()}
+    lacking = {*common.read_names(voc / "ImageSets/Segmentation/val.txt")} - found
+    if len(found) != VOC_MASK_COUNT or lacking:
+        raise InputError(
+            f"{VOC_MASKS}: {len(found)} masks, {len(lacking)} of val.txt not among them; expected "
+            f"{VOC_MASK_COUNT} and 0"
+        )
+    os.replace(masks, voc / masks.name)
+
+
+DOWNLOADS = {"ade": download_ade, "voc": download_voc}
 
 
 def flags() -> argparse.ArgumentParser:
@@ -191,7 +216,7 @@ def flags() -> argparse.ArgumentParser:
     add("dataset", choices=common.DATASETS, help="data/README.md says what each needs")
     text = "where the data set lies, as data/README.md says (data/)"
     add("--data", metavar="DIR", default=str(common.HERE / "data"), help=text)
-    text = "first fetch the data set (voc: 4 GB, needs scipy); others: only say where it comes from"
+    text = "first fetch the data set (voc: 2 GB, ade: 1 GB); others: only say where it comes from"
     add("--download", action="store_true", help=text)
     text = "count the images of this task (15-1; ade 100-50, msrc 16-5, folder offline)"
     add("--task", metavar="A-B", help=text)

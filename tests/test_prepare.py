@@ -1,8 +1,9 @@
 """data/prepare.py: what it finds in a data set, what it counts, and a download of nothing."""
 
+import hashlib
 import re
-import sys
-from pathlib import Path
+import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -218,62 +219,100 @@ def test_masks_that_are_not_there_are_errors_of_files(check, pets):
 # download
 
 
-def test_where_other_data_sets_come_from(check, tmp_path):
-    for name, text in (("ade", "ADEChallengeData2016.zip"), ("msrc", "TextonBoost")):
-        status, out, _ = check(f"{name} --download", tmp_path)
-        assert status == 0 and text in out and "## " not in out
+def test_where_msrc_comes_from(check, tmp_path):
+    status, out, _ = check("msrc --download", tmp_path)
+    assert status == 0 and "TextonBoostSplits.zip" in out and "## " not in out
     assert not [*tmp_path.glob("*/")]
 
 
-def sbd_mat(path, classes):
-    io = pytest.importorskip("scipy.io")
-    label = trees.mask(classes).astype(np.uint8)
-    label[label == 255] = 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    io.savemat(path, {"GTcls": {"Segmentation": label}})
+def zipped(path, members):
+    """A zip file of {name: bytes}; gives its URL."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path.as_uri()
 
 
-def test_download_writes_the_masks_of_both_releases(check, tmp_path, monkeypatch):
-    """VOC's own masks, with void; SBD's for all other images. Then the data are checked."""
-    pytest.importorskip("scipy")
-    base = trees.voc(tmp_path, [[1], [2]], [[3]], train_list=False)
-    (base / "SegmentationClassAug").rename(base / "SegmentationClass")
-    (base / "SegmentationClass/a1.png").unlink()
-    calls = []
+@pytest.fixture
+def ade_file(tmp_path, monkeypatch):
+    """The file that `prepare` fetches as ADE20K's."""
+    there = trees.ade(tmp_path / "there").parent
+    files = {str(f.relative_to(there)): f.read_bytes() for f in there.rglob("*.*")}
+    monkeypatch.setattr(prepare, "ADE", zipped(tmp_path / "ade.zip", files))
+    digest = hashlib.sha1((tmp_path / "ade.zip").read_bytes()).hexdigest()
+    monkeypatch.setattr(prepare, "ADE_SHA1", digest)
+    return tmp_path / "ade.zip"
 
-    def voc(root, *given, download):
-        calls.append(("voc", Path(root), *given, download))
 
-    def sbd(root, *given, download):
-        calls.append(("sbd", Path(root), *given, download))
-        for name, classes in (("a0", [9]), ("a1", [2])):
-            sbd_mat(tmp_path / f"sbd/cls/{name}.mat", classes)
+def test_ade_is_fetched_once_and_checked(check, tmp_path, ade_file):
+    for _ in range(2):
+        status, out, _ = check("ade --download", tmp_path / "data")
+        assert status == 0 and "2 training and 1 test images" in out and "\n0 errors" in out
+        ade_file.unlink(missing_ok=True)
+    assert [f.name for f in (tmp_path / "data").iterdir()] == ["ADEChallengeData2016"]
+
+
+@pytest.mark.parametrize("fault", ["no network", "another file", "cut off"])
+def test_a_file_that_cannot_be_had_leaves_nothing(check, tmp_path, ade_file, monkeypatch, fault):
+    content = ade_file.read_bytes()
+    if fault == "no network":
+        ade_file.unlink()
+    else:
+        ade_file.write_bytes(content[:-9] if fault == "cut off" else content + b" ")
+    status, out, err = check("ade --download", tmp_path / "data")
+    reason = "cannot be fetched" if fault == "no network" else "another file than expected"
+    line = next(line for line in err.splitlines() if line.startswith("prepare: --download: "))
+    assert (status, out) == (2, "") and reason in line
+    assert "\nDIR/ADEChallengeData2016/images/training/" in err
+    assert not [*(tmp_path / "data").iterdir()]
+
+
+@pytest.fixture
+def voc_files(tmp_path, monkeypatch):
+    """What `prepare` fetches as VOC 2012 and its masks; gives the masks' zip file."""
+    there = trees.voc(tmp_path / "there", [[1], [2]], [[3]], train_list=False)
+    names = {"a0": "2007_000001", "a1": "2008_000002", "b0": "2009_000003"}
+    masks = {k: (there / f"SegmentationClassAug/{k}.png").read_bytes() for k in names}
+    shutil.rmtree(there / "SegmentationClassAug")
+    for old, new in names.items():
+        (there / f"JPEGImages/{old}.jpg").rename(there / f"JPEGImages/{new}.jpg")
+    (there / "ImageSets/Segmentation/val.txt").write_text("2009_000003\n")
+    members = {f"SegmentationClassAug/{new}.png": masks[old] for old, new in names.items()}
+    members |= {"__MACOSX/._2007_000001.png": b"", "../../2007_000001.txt": b"", "a/": b""}
+    monkeypatch.setattr(prepare, "VOC_MASKS", zipped(tmp_path / "masks.zip", members))
+    monkeypatch.setattr(prepare, "VOC_MASK_COUNT", 3)
+
+    def voc(root, year, part, download):
+        assert (year, part, download) == ("2012", "trainval", True)
+        shutil.copytree(tmp_path / "there", root, dirs_exist_ok=True)
 
     monkeypatch.setattr("torchvision.datasets.VOCSegmentation", voc)
-    monkeypatch.setattr("torchvision.datasets.SBDataset", sbd)
-    for _ in range(2):  # what is there is not fetched again
-        status, out, _ = check("voc --download --task 1-19", tmp_path)
-        assert status == 0 and f"{base} is complete" in out
-        assert "2 training and 1 test images" in out
-    assert calls == [
-        ("voc", tmp_path, "2012", "trainval", True),
-        ("sbd", tmp_path / "sbd", "train", "segmentation", True),
-        ("voc", tmp_path, "2012", "trainval", True),
-    ]
-    own, other = (files.read_mask(base / f"SegmentationClassAug/a{k}.png") for k in (0, 1))
-    assert np.unique(own).tolist() == [0, 1, 255] and np.unique(other).tolist() == [0, 2]
-    assert other.getpalette()[3:6] == [128, 0, 0]
+    return tmp_path / "masks.zip"
 
 
-def test_a_download_without_network_or_scipy_is_one_line(check, tmp_path, monkeypatch):
+def test_voc_and_its_masks_are_fetched_once(check, tmp_path, voc_files, monkeypatch):
+    for _ in range(2):
+        status, out, _ = check("voc --download --task 1-19", tmp_path / "data")
+        assert status == 0 and "2 training and 1 test images" in out and "\n0 errors" in out
+        voc_files.unlink(missing_ok=True)
+        monkeypatch.setattr("torchvision.datasets.VOCSegmentation", None)
+    assert [f.name for f in (tmp_path / "data").iterdir()] == ["VOCdevkit"]
+    masks = tmp_path / "data/VOCdevkit/VOC2012/SegmentationClassAug"
+    assert len([*masks.iterdir()]) == 3 and not [*tmp_path.rglob("2007_000001.txt")]
+
+
+def test_another_number_of_masks_is_refused(check, tmp_path, voc_files, monkeypatch):
+    monkeypatch.setattr(prepare, "VOC_MASK_COUNT", 12_031)
+    status, _, err = check("voc --download", tmp_path)
+    assert status == 2 and "3 masks, 0 of val.txt not among them; expected 12031 and 0" in err
+    assert not (tmp_path / "VOCdevkit/VOC2012/SegmentationClassAug").exists()
+
+
+def test_without_network_voc_is_one_line_and_its_tree(check, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise OSError("no route to host")
 
-    pytest.importorskip("scipy")
     monkeypatch.setattr("torchvision.datasets.VOCSegmentation", fail)
     status, _, err = check("voc --download", tmp_path)
-    assert status == 2 and "no route to host. Is there a network?" in err
-    assert len(err.splitlines()) == 1
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    status, _, err = check("voc --download", tmp_path)
-    assert status == 2 and err.endswith("pip install scipy\n") and len(err.splitlines()) == 1
+    assert status == 2 and err.startswith("prepare: --download: no route to host. The same")
+    assert "\nDIR/VOCdevkit/VOC2012/SegmentationClassAug/" in err

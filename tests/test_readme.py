@@ -16,7 +16,7 @@ from trees import METHODS, SMALL
 
 import common
 import mib_unbiased
-from data import predict
+from data import files, predict
 
 slow = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,15 +94,11 @@ def shell(monkeypatch, tmp_path, capsys, few_shapes):
 def test_the_commands_of_the_first_sections_run(shell, tmp_path, monkeypatch):
     """In their order, on tiny data, the methods with a small network; nothing is fetched."""
     pytest.importorskip("matplotlib")
-    pytest.importorskip("scipy")
-    base = trees.voc(tmp_path / "voc", trees.CLASSES, trees.CLASSES[:12])
+    trees.voc(tmp_path / "voc", trees.CLASSES, trees.CLASSES[:12])
     trees.ade(tmp_path / "ade", [range(1, 151)], [range(1, 151)])
     trees.msrc(tmp_path / "msrc")
     trees.write(tmp_path / "photo.jpg", trees.picture(1))
-    shutil.copytree(base / "SegmentationClassAug", base / "SegmentationClass")
-    (tmp_path / "voc/sbd/cls").mkdir(parents=True)
-    for name in ("VOCSegmentation", "SBDataset"):
-        monkeypatch.setattr(f"torchvision.datasets.{name}", lambda *_, download: None)
+    monkeypatch.setattr(files, "fetch", None)  # all is there
     ran = []
     for words in commands(section("Start")) + commands(section("More commands")):
         called = python(words)
