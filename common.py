@@ -47,12 +47,11 @@ from torchvision.transforms.v2.functional import resize
 from data import pictures, shapes
 from data.files import (
     IGNORE,
-    IMAGENET,
     CorruptFile,
     InputError,
     classes_in_image,
-    imagenet_weights,
-    local_file,
+    load_trunk,
+    load_weights,
     read_checkpoint,
     read_json,
     read_lines,
@@ -701,32 +700,6 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)
 
 
-def load_trunk(model: DeepLabV3, backbone: str, weights: str) -> str:
-    """Loads a trunk; says in one line what was loaded and what stays random.
-
-    weights     "none", "imagenet", "imagenet-v2" (torchvision's; the first is the papers' kind), or
-                a file with a state dict in torchvision's names, which may cover the trunk in part
-    InputError  no network, no such file, or weights of another network
-    """
-    if weights == "none":
-        return "random"
-    if weights in IMAGENET:
-        state = imagenet_weights(backbone, weights)
-    else:
-        state = read_checkpoint(weights, "--weights")
-    target = model.trunk.state_dict()
-    fits = {
-        k: state[k] for k, v in target.items() if getattr(state.get(k), "shape", None) == v.shape
-    }
-    wrong = [k for k in state if k in target and k not in fits]
-    if wrong or not fits:
-        reason = f"{wrong[0]} has another shape" if wrong else "none of its names is the trunk's"
-        raise InputError(f"--weights {weights}: not weights of {backbone} ({reason})")
-    model.trunk.load_state_dict(fits, strict=False)
-    missing = [k for k in target if k not in fits and not k.endswith("num_batches_tracked")]
-    return f"{len(fits)} tensors from {weights}; random stay: {', '.join(missing) or 'none'}"
-
-
 # --------------------------------------------------------------------------------------- metric
 
 
@@ -856,28 +829,29 @@ def in_strips(function: Callable, size: int, *inputs: object) -> Tensor:
 class DenseLoss(torch.autograd.Function):
     """A mean over the rows of full-size maps, in strips that are differentiated one by one.
 
-    loss        function of some rows of the inputs -> scalar
-    share       float [size]: how much each row counts in the mean
+    loss        function of some rows of the inputs -> scalar, or several losses [n]
+    share       float [size] or [size, n]: how much each row counts in the mean
+    new         InputError where several losses are not just added up: the gradient is their sum's
     inputs      see `rows_of`. Those that need a gradient get it
     """
 
     @staticmethod
-    def forward(ctx, loss: Callable, share: Tensor, *inputs: object) -> Tensor:
-        needed = ctx.needs_input_grad[2:]
+    def forward(ctx, loss: Callable, share: Tensor, new: bool, *inputs: object) -> Tensor:
+        needed = ctx.needs_input_grad[3:]
         inputs = [
             x.detach().requires_grad_() if need else x
             for x, need in zip(inputs, needed, strict=True)
         ]
         leaves = [x for x, need in zip(inputs, needed, strict=True) if need]
-        total = torch.zeros_like(share[0])
+        ctx.new, total = new, 0
         with torch.set_grad_enabled(bool(leaves)):
             cut = rows_of(inputs, len(share))
             for rows in strips(inputs, len(share)):
-                part = share[rows].sum() * loss(*cut(rows))
-                total += part.detach()
+                part = share[rows].sum(0) * loss(*cut(rows))
+                total = total + part.detach()
                 if part.requires_grad:
                     refuse_other_gradients(part, leaves)
-                    part.backward(inputs=leaves)  # of this strip; its maps are freed
+                    part.sum().backward(inputs=leaves)  # of this strip; its maps are freed
         gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
         ctx.save_for_backward(*gradients)
         return total
@@ -885,9 +859,11 @@ class DenseLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, gradient: Tensor) -> tuple:
-        saved = iter(ctx.saved_tensors)
-        needed = ctx.needs_input_grad[2:]
-        return None, None, *(gradient * next(saved) if need else None for need in needed)
+        saved, needed = iter(ctx.saved_tensors), ctx.needs_input_grad[3:]
+        each, gradient = gradient, gradient.flatten()[0]
+        if ctx.new and (each != gradient).any():
+            raise InputError("dense: weigh losses of one function in it; they can only be added up")
+        return None, None, None, *(gradient * next(saved) if need else None for need in needed)
 
 
 def refuse_other_size(maps: Tensor, size: int) -> None:
@@ -917,16 +893,17 @@ def refuse_other_means(loss: Callable, share: Tensor, inputs: Sequence) -> None:
     first, second = slice(size // 4, size // 2), slice(size // 2, 3 * size // 4)
     cut = rows_of(inputs, size)
     both, *halves = (
-        (share[rows].sum() * loss(*cut(rows))).item()
+        (share[rows].sum(0) * loss(*cut(rows))).flatten()
         for rows in (slice(first.start, second.stop), first, second)
     )
-    if abs(both - sum(halves)) > 1e-4 * abs(both) + 3e-8:
-        name = getattr(loss, "__name__", "the loss")
-        raise InputError(
-            f"dense: {name} of some rows is {both:g}, of their halves {sum(halves):g}. A mean over "
-            "some of the pixels needs valid=, bool [B, H, W]; what is no mean over pixels needs "
-            "logits of full size: common.upsample"
-        )
+    for whole, parts in torch.stack([both, sum(halves)], 1).tolist():
+        if abs(whole - parts) > 1e-4 * abs(whole) + 3e-8:
+            name = getattr(loss, "__name__", "the loss")
+            raise InputError(
+                f"dense: {name} of some rows is {whole:g}, of their halves {parts:g}. A mean over "
+                "some of the pixels needs valid=, bool [B, H, W]; what is no mean over pixels "
+                "needs logits of full size: common.upsample"
+            )
 
 
 # ------------------------------------------------------------------------------------------ run
@@ -1018,7 +995,7 @@ class Run:
         if path is None:
             model = self.build(step)
             return model, f"trunk    {load_trunk(model, args.backbone, args.weights)}", {}
-        saved = read_checkpoint(local_file(path), "--step0")
+        saved = read_checkpoint(path, "--step0")
         try:
             there = {"dilate_first": False} | saved["flags"]
             there |= {"classes": saved["classes"][0], "step": saved["step"]}
@@ -1123,32 +1100,40 @@ class Run:
         self.timing = progress.timing()
 
     def dense(
-        self, loss: Callable, logits: Tensor, *others: object, valid: Tensor | None = None
+        self, loss: Callable, logits: Tensor, *others: object, valid: Tensor | tuple | None = None
     ) -> Tensor:
         """A loss of logits at the size of the labels: an ordinary scalar with its gradient.
 
         It is made and differentiated in strips of rows, so that no full-size map is kept. Equal to
         loss(common.upsample(logits, ...), ...), a mean over the pixels.
 
-        loss        function of logits [B, C, r, W] and `others`, for any r rows
+        loss        function of logits [B, C, r, W] and `others`, for any r rows -> scalar; or
+                    several losses [n] of the same maps. These learn as their sum: weigh them in it
         logits      float [B, C, h, w]
         others      what else `loss` takes: [B, C, h, w] logits are upsampled, too, [B, H, W] maps
                     are cut into the same rows. What needs a gradient gets it
-        valid       bool [B, H, W]: the pixels that the loss is a mean over; None = all
+        valid       bool [B, H, W]: the pixels that the loss is a mean over; None = all. For
+                    several losses a tuple
         InputError  a loss that is not such a mean; a parameter that `loss` uses, but does not take
         """
         size, world = self.args.crop, processes()[1]
-        share = logits.new_full((size,), 1 / size)  # of each row in the mean
-        if valid is not None:
+
+        def share_of_rows(valid: Tensor | None) -> Tensor:
+            if valid is None:
+                return logits.new_full((size,), 1 / size)
             refuse_other_size(valid, size)
             count = all_reduce(valid.sum()).clamp(min=1).to(logits)
-            share = valid.sum((0, 2)).to(logits) * world / count
+            return valid.sum((0, 2)).to(logits) * world / count
+
+        several = isinstance(valid, tuple)
+        share = torch.stack([*map(share_of_rows, valid)], 1) if several else share_of_rows(valid)
         function = getattr(loss, "func", loss)  # of a functools.partial
         key = getattr(function, "__code__", function), valid is None, logits.shape[1]
         self.checked[key] += 1
-        if self.checked[key] in (1, 32):  # at first new and old model may be the same
+        new = self.checked[key] in (1, 32)  # at first new and old model may be the same
+        if new:
             refuse_other_means(loss, share, [logits, *others])
-        return DenseLoss.apply(loss, share, logits, *others)
+        return DenseLoss.apply(loss, share, new, logits, *others)
 
     def log(self, losses: dict[str, Tensor]) -> Tensor:
         """The sum of the losses, all scalars. Each becomes a column of train.csv."""
@@ -1180,16 +1165,12 @@ class Run:
         if processes()[0] == 0:
             self.draw(step, model)
             steps = self.data.steps[: step.index + 1]
-            config = read_json(self.folder / "config.json")
             content = {
                 "model": weights | model.state_dict(),
                 "step": step.index,
                 "classes": [[self.data.names[c] for c in s.new] for s in steps],
                 "colours": self.data.colours,
                 "flags": vars(self.args),
-                "commit": config["commit"],
-                "versions": config["versions"],
-                "metrics": self.results[-1],
             }
             path = self.folder / f"step_{step.index}.pt"
             write_atomically(path, lambda file: torch.save(content, file))
@@ -1500,15 +1481,6 @@ def segment(model: nn.Module, predict: Callable, pixels: Tensor, device: str) ->
 # ---------------------------------------------------------------------------- files and processes
 
 
-def load_weights(model: nn.Module, saved: dict, path: str | Path) -> None:
-    """A checkpoint's weights; those of modules that `model` does not have are left out."""
-    try:
-        state = saved["model"]
-        model.load_state_dict({k: state[k] for k in model.state_dict()})
-    except (KeyError, TypeError, RuntimeError):
-        raise InputError(f"{path}: weights of another network than these flags give") from None
-
-
 def git_commit() -> str:
     command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
@@ -1668,8 +1640,7 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     add = made.add_argument_group("output").add_argument
     text = "results go to DIR/METHOD-DATASET-TASK-SETTING-sSEED; a run there goes on (runs)"
     add("--out", metavar="DIR", default="runs", help=text)
-    text = "take this step_0.pt, of a path or a URL, instead of training step 0"
-    add("--step0", metavar="FILE", help=text)
+    add("--step0", metavar="FILE", help="take this step_0.pt instead of training step 0")
     add("--dry-run", action=on, help="two iterations per step, all else real, own folder")
     return made
 

@@ -271,7 +271,8 @@ def pod(
 
 def entropy(logits: Tensor) -> Tensor:
     """Of the softmax, 0 ... 1: [B, H, W]."""
-    return torch.special.entr(logits.softmax(1)).sum(1) / math.log(max(2, logits.shape[1]))
+    log_p = logits.log_softmax(1)
+    return -(log_p.exp() * log_p).sum(1) / math.log(max(2, logits.shape[1]))
 
 
 def pseudo_labels(old_logits: Tensor, labels: Tensor, thresholds: Tensor) -> Tensor:
@@ -282,7 +283,7 @@ def pseudo_labels(old_logits: Tensor, labels: Tensor, thresholds: Tensor) -> Ten
     thresholds  float [O]: sure is an entropy below that of the predicted class
     returns     int64 [B, H, W]
     """
-    background, predicted = labels == BACKGROUND, old_logits.argmax(1)
+    background, predicted = labels == BACKGROUND, old_logits.max(1).indices  # faster than argmax
     sure = background & (entropy(old_logits) < thresholds[predicted])
     return torch.where(background, torch.where(sure, predicted, IGNORE), labels)
 
@@ -302,9 +303,8 @@ def adaptive_cross_entropy(logits: Tensor, labels: Tensor, share: Tensor) -> Ten
     share       float [B]
     returns     scalar: mean over all pixels, ignored ones too, nats
     """
-    valid = labels != IGNORE
-    own = logits.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
-    return ((logits.logsumexp(1) - own) * valid * share[:, None, None]).mean()
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    return (loss * share[:, None, None]).mean()
 
 
 def median(counts: Tensor) -> float:
@@ -352,7 +352,21 @@ def find_thresholds(run: common.Run, step: common.Step, old_model: nn.Module) ->
     return unit * torch.tensor(found, device=run.args.device)
 
 
-def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int, keep: bool = False) -> Tensor:
+def log_masses(logits: Tensor, old: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The logarithms of sums of e^logit, out of which both unbiased losses are made.
+
+    logits      float [B, C, H, W], background first
+    old         number of old channels, background included
+    returns     background's logit, sum over the old classes, over the new ones, each [B, H, W];
+                and the old classes' logits [B, old - 1, H, W]
+    """
+    z_0, z_old, z_new = logits.split([1, old - 1, logits.shape[1] - old], 1)
+    return z_0[:, 0], z_old.logsumexp(1), z_new.logsumexp(1), z_old
+
+
+def unbiased_cross_entropy(
+    logits: Tensor, labels: Tensor, old: int, keep: bool = False, masses: tuple | None = None
+) -> Tensor:
     """MiB: cross-entropy in which "background" means background or any old class.
 
     logits      float [B, C, H, W], background first
@@ -360,9 +374,12 @@ def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int, keep: bool 
     old         number of old channels, background included; 1 gives plain cross-entropy
     keep        labels of old classes, where they are shown, stay targets; without it they count
                 as background, as in the authors' code
+    masses      log_masses(logits, old), where it is there already
     returns     scalar: mean over valid pixels, nats; no valid pixel: 0 with a gradient
     """
-    background, total = logits[:, :old].logsumexp(1), logits.logsumexp(1)
+    z_0, log_old, log_new, _ = masses or log_masses(logits, old)
+    background = torch.logaddexp(z_0, log_old)
+    total = torch.logaddexp(background, log_new)
     valid = labels != IGNORE
     own = logits.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
     merged = labels == BACKGROUND if keep else labels < old
@@ -370,23 +387,35 @@ def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int, keep: bool 
     return (loss * valid).sum() / valid.sum().clamp(min=1)
 
 
-def published_cross_entropy(logits: Tensor, labels: Tensor, old: int) -> Tensor:
-    """The same with labels of old classes kept; the mean over all pixels, ignored ones too."""
-    share = (labels != IGNORE).to(logits).mean()  # of the valid pixels
-    return share * unbiased_cross_entropy(logits, labels, old, keep=True)
-
-
-def unbiased_distillation(logits: Tensor, old_logits: Tensor) -> Tensor:
+def unbiased_distillation(
+    logits: Tensor, old_logits: Tensor, masses: tuple | None = None
+) -> Tensor:
     """MiB: distillation in which the old "background" is background or any new class.
 
     logits      float [B, C, H, W]
     old_logits  float [B, O, H, W], of the frozen model
+    masses      log_masses(logits, O), where it is there already
     returns     scalar: mean over all pixels, divided by O, nats
     """
     old, p = old_logits.shape[1], old_logits.softmax(1)
-    background = torch.cat([logits[:, :1], logits[:, old:]], 1).logsumexp(1)
-    kept = p[:, 0] * background + (p[:, 1:] * logits[:, 1:old]).sum(1)
-    return (logits.logsumexp(1) - kept).mean() / old  # the p sum to 1
+    z_0, log_old, log_new, z_old = masses or log_masses(logits, old)
+    background = torch.logaddexp(z_0, log_new)
+    total = torch.logaddexp(background, log_old)
+    kept = p[:, 0] * background + (p[:, 1:] * z_old).sum(1)
+    return (total - kept).mean() / old  # the p sum to 1
+
+
+def unbiased_losses(logits: Tensor, labels: Tensor, old_logits: Tensor, weight: float) -> Tensor:
+    """MiB: cross-entropy and `weight` times distillation, from one set of masses: [2].
+
+    Labels of old classes stay; cross-entropy is the mean over all pixels, ignored ones too.
+    """
+    old = old_logits.shape[1]
+    masses = log_masses(logits, old)
+    share = (labels != IGNORE).to(logits).mean()  # of the valid pixels
+    ce = share * unbiased_cross_entropy(logits, labels, old, True, masses)
+    kd = unbiased_distillation(logits, old_logits, masses)
+    return torch.stack([ce, weight * kd])
 
 
 @torch.no_grad()
@@ -459,12 +488,11 @@ def main(args: argparse.Namespace) -> None:
             if plop and not first:
                 targets = common.in_strips(pseudo_labels, args.crop, old_logits, labels, thresholds)
                 share = sure_share(labels, targets)
-            if plop:
+            if plop or first:
                 losses["ce"] = run.dense(adaptive_cross_entropy, logits, targets, share)
             else:
-                losses["ce"] = run.dense(published_cross_entropy, logits, labels, step.first)
-            if not plop and not first:
-                losses["kd"] = args.kd_weight * run.dense(unbiased_distillation, logits, old_logits)
+                both = labels, old_logits, args.kd_weight
+                losses["ce"], losses["kd"] = run.dense(unbiased_losses, logits, *both)
             if trained and first:
                 scores = model.auxiliary(external.fuse(new)[0])
                 valid = labels != IGNORE

@@ -139,9 +139,8 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     labels      int64 [B, H, W], 255 = ignored
     returns     scalar: mean over valid pixels, nats; no valid pixel: 0 with a gradient
     """
-    valid = labels != IGNORE
-    own = logits.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
-    return ((logits.logsumexp(1) - own) * valid).sum() / valid.sum().clamp(min=1)
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    return loss.sum() / (labels != IGNORE).sum().clamp(min=1)
 
 
 def output_distillation(
@@ -164,7 +163,7 @@ def output_distillation(
     old = old_logits.shape[1]
     p = (old_logits / temperature).softmax(1)
     z = (logits if student == "all" else logits[:, :old]) / temperature
-    loss = z.logsumexp(1) - (p * z[:, :old]).sum(1)  # the p sum to 1
+    loss = -(p * z.log_softmax(1)[:, :old]).sum(1)
     if student == "old":
         return loss.mean() / old
     valid = labels != IGNORE

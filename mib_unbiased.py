@@ -140,7 +140,21 @@ RECIPE["shapes"] = RECIPE["voc"] | {
 WEIGHT_DECAY = 1e-4  # of all parameters: MiB's code
 
 
-def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int, keep: bool = False) -> Tensor:
+def log_masses(logits: Tensor, old: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The logarithms of sums of e^logit, out of which both unbiased losses are made.
+
+    logits      float [B, C, H, W], background first
+    old         number of old channels, background included
+    returns     background's logit, sum over the old classes, over the new ones, each [B, H, W];
+                and the old classes' logits [B, old - 1, H, W]
+    """
+    z_0, z_old, z_new = logits.split([1, old - 1, logits.shape[1] - old], 1)
+    return z_0[:, 0], z_old.logsumexp(1), z_new.logsumexp(1), z_old
+
+
+def unbiased_cross_entropy(
+    logits: Tensor, labels: Tensor, old: int, keep: bool = False, masses: tuple | None = None
+) -> Tensor:
     """Cross-entropy in which "background" means background or any old class.
 
     logits      float [B, C, H, W], C = old + new, background first
@@ -148,11 +162,14 @@ def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int, keep: bool 
     old         number of old channels, background included; 1 gives plain cross-entropy
     keep        labels of old classes, where they are shown, stay targets; without it they count
                 as background, as in the authors' code
+    masses      log_masses(logits, old), where it is there already
     returns     scalar: mean over valid pixels, nats; no valid pixel: 0 with a gradient
     """
-    z_old, z_new = logits.split([old, logits.shape[1] - old], 1)
-    background = z_old.logsumexp(1)  # log of the mass of background and all old classes
-    total = background if z_new.shape[1] == 0 else torch.logaddexp(background, z_new.logsumexp(1))
+    if old == 1:
+        return cross_entropy(logits, labels)
+    z_0, log_old, log_new, _ = masses or log_masses(logits, old)
+    background = torch.logaddexp(z_0, log_old)  # log of the mass of background and all old classes
+    total = torch.logaddexp(background, log_new)
     valid = labels != IGNORE
     own = logits.gather(1, torch.where(valid, labels, 0)[:, None])[:, 0]
     merged = labels == BACKGROUND if keep else labels < old
@@ -162,11 +179,16 @@ def unbiased_cross_entropy(logits: Tensor, labels: Tensor, old: int, keep: bool 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Plain cross-entropy: the unbiased one where background is the only old channel."""
-    return unbiased_cross_entropy(logits, labels, 1)
+    loss = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="none")
+    return loss.sum() / (labels != IGNORE).sum().clamp(min=1)
 
 
 def unbiased_distillation(
-    logits: Tensor, old_logits: Tensor, alpha: float = 1.0, mask: Tensor | None = None
+    logits: Tensor,
+    old_logits: Tensor,
+    alpha: float = 1.0,
+    mask: Tensor | None = None,
+    masses: tuple | None = None,
 ) -> Tensor:
     """Distillation in which the old "background" is background or any new class.
 
@@ -174,12 +196,13 @@ def unbiased_distillation(
     old_logits  float [B, O, H, W], of the frozen model, O <= C
     alpha       sharpens the old model: softmax(alpha * old_logits)
     mask        [B, H, W], weights of the pixels
+    masses      log_masses(logits, O), where it is there already
     returns     scalar: mean over *all* pixels, divided by O (as in the authors' code), nats
     """
     old, p = old_logits.shape[1], (alpha * old_logits).softmax(1)
-    z_old, z_new = logits[:, 1:old], torch.cat([logits[:, :1], logits[:, old:]], 1)
-    background = z_new.logsumexp(1)  # log of the mass of background and all new classes
-    total = background if old == 1 else torch.logaddexp(background, z_old.logsumexp(1))
+    z_0, log_old, log_new, z_old = masses or log_masses(logits, old)
+    background = torch.logaddexp(z_0, log_new)  # log of the mass of background and all new classes
+    total = torch.logaddexp(background, log_old)
     loss = total - p[:, 0] * background - (p[:, 1:] * z_old).sum(1)  # the p sum to 1
     return (loss if mask is None else loss * mask).mean() / old
 
@@ -192,6 +215,20 @@ def distillation(
     Arguments and result as in unbiased_distillation: a model without new channels is unbiased.
     """
     return unbiased_distillation(logits[:, : old_logits.shape[1]], old_logits, alpha, mask)
+
+
+def unbiased_losses(
+    logits: Tensor, labels: Tensor, old_logits: Tensor, weight: float, alpha: float = 1.0
+) -> Tensor:
+    """Unbiased cross-entropy and `weight` times unbiased distillation, from one set of masses: [2].
+
+    Arguments as there; labels of old classes stay targets.
+    """
+    old = old_logits.shape[1]
+    masses = log_masses(logits, old)
+    ce = unbiased_cross_entropy(logits, labels, old, True, masses)
+    kd = unbiased_distillation(logits, old_logits, alpha, masses=masses)
+    return torch.stack([ce, weight * kd])
 
 
 def binary_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -367,12 +404,18 @@ def main(args: argparse.Namespace) -> None:
                     old_logits, _ = old_model(images)
             if pseudo:
                 labels = common.in_strips(pseudo_labels, args.crop, old_logits, labels)
-            valid, ce = labels != IGNORE, CROSS_ENTROPY[args.ce]
-            target = (labels, step.first, True) if args.ce == "unbiased" else (labels,)
-            losses = {"ce": run.dense(ce, logits, *target, valid=valid)}
-            if args.kd != "none" and not first:
-                kd = DISTIL[args.kd]
-                losses["kd"] = args.kd_weight * run.dense(kd, logits, old_logits, args.alpha)
+            valid, losses = labels != IGNORE, {}
+            if args.ce == args.kd == "unbiased" and not first:
+                both, how = (labels, old_logits), (args.kd_weight, args.alpha)
+                losses["ce"], losses["kd"] = run.dense(
+                    unbiased_losses, logits, *both, *how, valid=(valid, None)
+                )
+            else:
+                target = (labels, step.first, True) if args.ce == "unbiased" else (labels,)
+                losses["ce"] = run.dense(CROSS_ENTROPY[args.ce], logits, *target, valid=valid)
+                if args.kd != "none" and not first:
+                    kd = run.dense(DISTIL[args.kd], logits, old_logits, args.alpha)
+                    losses["kd"] = args.kd_weight * kd
             if args.ewc and not first:
                 losses["ewc"] = args.ewc * ewc_penalty(model, old_model, weights)
             loss = run.log(losses)  # their sum

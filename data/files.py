@@ -21,6 +21,7 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
+from torch import nn
 
 from data import shapes
 
@@ -204,29 +205,10 @@ def read_checkpoint(path: str | Path, what: str) -> dict:
         ) from None
 
 
-def local_file(path: str) -> str | Path:
-    """A path as it is; of a URL the file in PyTorch's cache, to which it is fetched once."""
-    if "://" not in path:
-        return path
-    name = f"{hashlib.sha256(path.encode()).hexdigest()[:16]}-{name_in(path)}"
-    file = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not file.exists():
-        fetch(path, file)
-        if not zipfile.is_zipfile(file):
-            file.unlink()
-            raise InputError(f"{path}: not a checkpoint; a web page, or cut off")
-    return file
-
-
-def name_in(url: str) -> str:
-    return url.partition("?")[0].rpartition("/")[2]
-
-
 def fetch(url: str, file: Path) -> None:
     """Downloads. If the name ends like step_0-1a2b3c4d.pt, the file's SHA-256 has to begin so."""
-    prefix = re.search(r"-([0-9a-f]{8,64})\.\w+$", name_in(url))
+    prefix = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), prefix and prefix[1])
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
         raise InputError(f"{url}: cannot be fetched ({error})") from None
@@ -246,3 +228,38 @@ def imagenet_weights(backbone: str, weights: str) -> dict:
             f"--weights {weights}: not to be had for {backbone} ({reason}). Give a file of "
             "torchvision's weights (--weights FILE), or --weights none to start at random"
         ) from None
+
+
+def load_trunk(model: nn.Module, backbone: str, weights: str) -> str:
+    """Loads a trunk; says in one line what was loaded and what stays random.
+
+    weights     "none", "imagenet", "imagenet-v2" (torchvision's; the first is the papers' kind), or
+                a file with a state dict in torchvision's names, which may cover the trunk in part
+    InputError  no network, no such file, or weights of another network
+    """
+    if weights == "none":
+        return "random"
+    if weights in IMAGENET:
+        state = imagenet_weights(backbone, weights)
+    else:
+        state = read_checkpoint(weights, "--weights")
+    target = model.trunk.state_dict()
+    fits = {
+        k: state[k] for k, v in target.items() if getattr(state.get(k), "shape", None) == v.shape
+    }
+    wrong = [k for k in state if k in target and k not in fits]
+    if wrong or not fits:
+        reason = f"{wrong[0]} has another shape" if wrong else "none of its names is the trunk's"
+        raise InputError(f"--weights {weights}: not weights of {backbone} ({reason})")
+    model.trunk.load_state_dict(fits, strict=False)
+    missing = [k for k in target if k not in fits and not k.endswith("num_batches_tracked")]
+    return f"{len(fits)} tensors from {weights}; random stay: {', '.join(missing) or 'none'}"
+
+
+def load_weights(model: nn.Module, saved: dict, path: str | Path) -> None:
+    """A checkpoint's weights; those of modules that `model` does not have are left out."""
+    try:
+        state = saved["model"]
+        model.load_state_dict({k: state[k] for k in model.state_dict()})
+    except (KeyError, TypeError, RuntimeError):
+        raise InputError(f"{path}: weights of another network than these flags give") from None

@@ -144,8 +144,7 @@ def textbook_plop(z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> Tensor:
 
 def dense_mib(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> Tensor:
     valid = labels != common.IGNORE
-    ce = run.dense(mib.unbiased_cross_entropy, z, labels, old, valid=valid)
-    return ce + run.dense(mib.unbiased_distillation, z, old_z)
+    return run.dense(mib.unbiased_losses, z, labels, old_z, 1.0, valid=(valid, None)).sum()
 
 
 def dense_ilt(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: int) -> Tensor:

@@ -109,6 +109,42 @@ def test_losses_of_the_same_logits_add_up(run):
     assert_equal(ours, expected, z)
 
 
+SHARED = {  # several losses of one function: its other arguments, the pixels of each, each alone
+    "mib": (
+        (mib.unbiased_losses, LABELS, OLD, 7.0, 0.5),
+        (VALID, None),
+        lambda z, old: mib.unbiased_cross_entropy(z, LABELS, 3, keep=True),
+        lambda z, old: 7 * mib.unbiased_distillation(z, old, 0.5),
+    ),
+    "ucd, icd": (
+        (ucd.unbiased_losses, LABELS, OLD, 7.0),
+        None,
+        lambda z, old: VALID.double().mean() * ucd.unbiased_cross_entropy(z, LABELS, 3, keep=True),
+        lambda z, old: 7 * icd.unbiased_distillation(z, old),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SHARED)
+def test_losses_that_share_their_masses_are_those_alone(run, case):
+    """Each value, and the gradient of what learns: their sum."""
+    (loss, *others), valid, *alone = SHARED[case]
+    z = leaf(Z)
+    ours, expected = (
+        run.dense(loss, z, *others, valid=valid),
+        [f(full(z), full(OLD)) for f in alone],
+    )
+    for value, other in zip(ours, expected, strict=True):
+        assert value.item() == pytest.approx(other.item(), abs=1e-12)
+    assert_equal(ours.sum(), sum(expected), z)
+
+
+def test_losses_of_one_function_weighed_outside_are_refused(run):
+    ce, kd = run.dense(mib.unbiased_losses, leaf(Z), LABELS, OLD, 1.0, valid=(VALID, None))
+    with pytest.raises(InputError, match="dense: weigh losses of one function in it"):
+        (ce + 2 * kd).backward()
+
+
 def test_a_gradient_goes_to_all_that_need_one(run):
     def loss(z, other, weight):
         return ((z[:, :3] - other).square().sum(1) * weight).mean()

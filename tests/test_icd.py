@@ -153,8 +153,8 @@ SAME = {  # name: scripts whose function of this name has the same text
     **dict.fromkeys(("pod", "local_pod", "entropy", "median", "published_median"), (icd, ucd)),
     **dict.fromkeys(("find_thresholds", "pseudo_labels", "sure_share"), (icd, ucd)),
     **dict.fromkeys(("adaptive_cross_entropy", "unbiased_cross_entropy"), (icd, ucd)),
-    **dict.fromkeys(("published_cross_entropy", "initialise"), (icd, ucd)),
-    "unbiased_distillation": (icd, ucd),
+    **dict.fromkeys(("unbiased_distillation", "unbiased_losses", "initialise"), (icd, ucd)),
+    "log_masses": (icd, mib, ucd),
     "sgd": (icd, ilt, mib, ucd),
 }
 OTHER = {  # name: why another script's function of this name has another text
@@ -168,6 +168,7 @@ OTHER = {  # name: why another script's function of this name has another text
     "cross_entropy": "written otherwise; test_ilt.py compares the values",
     "unbiased_cross_entropy": "MiB with its comments; compared below",
     "unbiased_distillation": "MiB with alpha and mask; compared below",
+    "unbiased_losses": "MiB with alpha; UCD's cross-entropy is over all pixels; test_dense.py",
 }
 
 
