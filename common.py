@@ -1627,7 +1627,7 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     add("--dilate-first", action=argparse.BooleanOptionalAction, help=text)
     add = made.add_argument_group("system").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="cpu, cuda, cuda:1 (cuda where there is one)")
+    add("--device", default=device, help="cpu, cuda, cuda:1; no mps (cuda where there is one)")
     add("--precision", choices=("bf16", "fp32"), help="of the network (bf16 on cuda, else fp32)")
     text = "the trunk with torch.compile, which takes minutes at the start (off)"
     add("--compile", action=on, help=text)

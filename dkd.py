@@ -7,6 +7,10 @@ background is where none fires. A logit is positive plus negative evidence; dist
 holds more than distilling their sum. An auxiliary classifier learns in every step that all pixels
 are negatives, and the next step's new classifiers start from it.
 
+Two other methods are called DKD, too: Distribution-based Knowledge Distillation, for the same task
+(OpenReview 9qbKOaF8YJ), and Decoupled Knowledge Distillation, for image classification and object
+detection (Zhao et al., CVPR 2022, arXiv 2203.08679).
+
     python dkd.py --task 15-1 --dataset shapes      drawn pictures, minutes on a CPU
     python dkd.py --task 15-1 --data DIR            Pascal VOC 2012
 

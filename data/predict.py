@@ -179,7 +179,7 @@ def flags() -> argparse.ArgumentParser:
     text = "with --eval: where the run's data set lies now (where it lay in the run)"
     add("--data", metavar="DIR", help=text)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="cpu, cuda, cuda:1 (cuda where there is one)")
+    add("--device", default=device, help="cpu, cuda, cuda:1; no mps (cuda where there is one)")
     return parser
 
 

@@ -341,6 +341,7 @@ BAD_FLAGS = [
     ("--output-stride 4", "8, 16"),
     ("--device cuda:9", "PyTorch sees"),
     ("--device meta", "expected cpu, cuda or cuda:N"),
+    ("--device mps", "expected cpu, cuda or cuda:N"),
     ("--backbone vgg", "'mobilenet_v2'"),
     ("--memory -1", "'-1' is not a whole number from 0"),
     ("--positive-weight 1 2 3", "--positive-weight: one value, or two"),

@@ -270,6 +270,11 @@ def test_the_readme_has_at_most_300_lines():
     assert len(README.splitlines()) <= 300
 
 
+def test_the_citation_has_the_projects_title():
+    title = re.search('^title: "(.*)"$', (ROOT / "CITATION.cff").read_text(), re.M)[1]
+    assert README.startswith(f"# {title}\n")
+
+
 def test_every_promise_is_checked_by_something_that_exists():
     rows = [row for row in section("Promises").splitlines() if row.startswith("| ")][2:]
     tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
