@@ -52,6 +52,7 @@ from data.files import (
     classes_in_image,
     load_trunk,
     load_weights,
+    local_file,
     read_checkpoint,
     read_json,
     read_lines,
@@ -995,7 +996,7 @@ class Run:
         if path is None:
             model = self.build(step)
             return model, f"trunk    {load_trunk(model, args.backbone, args.weights)}", {}
-        saved = read_checkpoint(path, "--step0")
+        saved = read_checkpoint(local_file(path), "--step0")
         try:
             there = {"dilate_first": False} | saved["flags"]
             there |= {"classes": saved["classes"][0], "step": saved["step"]}
@@ -1165,12 +1166,16 @@ class Run:
         if processes()[0] == 0:
             self.draw(step, model)
             steps = self.data.steps[: step.index + 1]
+            config = read_json(self.folder / "config.json")
             content = {
                 "model": weights | model.state_dict(),
                 "step": step.index,
                 "classes": [[self.data.names[c] for c in s.new] for s in steps],
                 "colours": self.data.colours,
                 "flags": vars(self.args),
+                "commit": config["commit"],
+                "versions": config["versions"],
+                "metrics": self.results[-1],
             }
             path = self.folder / f"step_{step.index}.pt"
             write_atomically(path, lambda file: torch.save(content, file))
@@ -1640,7 +1645,8 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     add = made.add_argument_group("output").add_argument
     text = "results go to DIR/METHOD-DATASET-TASK-SETTING-sSEED; a run there goes on (runs)"
     add("--out", metavar="DIR", default="runs", help=text)
-    add("--step0", metavar="FILE", help="take this step_0.pt instead of training step 0")
+    text = "take this step_0.pt, of a path or a URL, instead of training step 0"
+    add("--step0", metavar="FILE", help=text)
     add("--dry-run", action=on, help="two iterations per step, all else real, own folder")
     return made
 

@@ -205,10 +205,29 @@ def read_checkpoint(path: str | Path, what: str) -> dict:
         ) from None
 
 
+def local_file(path: str) -> str | Path:
+    """A path as it is; of a URL the file in PyTorch's cache, to which it is fetched once."""
+    if "://" not in path:
+        return path
+    name = f"{hashlib.sha256(path.encode()).hexdigest()[:16]}-{name_in(path)}"
+    file = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not file.exists():
+        fetch(path, file)
+        if not zipfile.is_zipfile(file):
+            file.unlink()
+            raise InputError(f"{path}: not a checkpoint; a web page, or cut off")
+    return file
+
+
+def name_in(url: str) -> str:
+    return url.partition("?")[0].rpartition("/")[2]
+
+
 def fetch(url: str, file: Path) -> None:
     """Downloads. If the name ends like step_0-1a2b3c4d.pt, the file's SHA-256 has to begin so."""
-    prefix = re.search(r"-([0-9a-f]{8,64})\.\w+$", url)
+    prefix = re.search(r"-([0-9a-f]{8,64})\.\w+$", name_in(url))
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(file), prefix and prefix[1])
     except (OSError, RuntimeError, ValueError, HTTPException) as error:
         raise InputError(f"{url}: cannot be fetched ({error})") from None

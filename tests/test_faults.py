@@ -355,6 +355,7 @@ BAD_FLAGS = [
     ("--step0 evil.pt", "evil.pt: not a file of tensors"),
     ("--step0 odd.pt", "odd.pt: not a step_0.pt"),
     ("--step0 list.pt", "list.pt: not a file of tensors"),
+    ("--step0 http://", "http://: cannot be fetched (<urlopen error no host given>)"),
     ("--unheard-of", "unrecognized arguments"),
 ]
 
@@ -370,6 +371,15 @@ def test_bad_flags_write_nothing(start, tmp_path, capsys, flags, message):
     code, out, err = start(f"{TINY} {flags}")
     assert code == 2 and message in err and len(err.splitlines()) <= 2, err
     assert "Traceback" not in err and "code ran" not in out
+    assert not Path("runs").exists()
+
+
+def test_a_page_behind_a_url_is_no_checkpoint_and_not_kept(start):
+    Path("step_0.pt").write_text("<html>")
+    url = Path("step_0.pt").absolute().as_uri()
+    for _ in range(2):
+        code, _, err = start(f"{TINY} --step0 {url}")
+        assert code == 2 and err.endswith(f"{url}: not a checkpoint; a web page, or cut off\n")
     assert not Path("runs").exists()
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import hashlib
 import importlib
 import inspect
 import json
@@ -66,6 +67,9 @@ def test_a_run_and_what_it_leaves(start):
         assert page.width == 600 + 198 * k and page.height > 1000  # a column per step
     content = torch.load(FOLDER / "step_1.pt", weights_only=True)
     assert content["classes"][1] == ["tvmonitor"] and content["flags"]["task"] == "19-1"
+    assert all(content[k] == config[k] for k in ("commit", "versions"))
+    last = json.loads((FOLDER / "metrics.json").read_text())["steps"][1]
+    assert content["metrics"] == last and "tvmonitor" in last["iou"]
 
     # the same command again only reports
     before, table = weights(FOLDER), out[out.index("mIoU, %") :]
@@ -98,6 +102,27 @@ def test_step_0_serves_other_runs_but_not_those_of_another_kind(start, whole):
         status, _, err = start(f"{TINY} {step0} {flags} --out third")
         assert status == 2 and message in err
     assert not Path("third").exists()
+
+
+@slow
+def test_step_0_may_be_a_url_whose_file_is_kept_and_checked(start, whole):
+    step0 = (whole / FOLDER / "step_0.pt").read_bytes()
+    digest = hashlib.sha256(step0).hexdigest()
+    good, bad = Path(f"step_0-{digest[:8]}.pt"), Path("step_0-00000000.pt")
+    for file in (good, bad):
+        file.write_bytes(step0)
+    for _ in range(2):
+        url = good.absolute().as_uri()
+        status, out, _ = start(f"{TINY} --step0 {url} --dry-run")
+        assert status == 0 and f"step 0 is {url}" in out
+        good.unlink(missing_ok=True)
+    assert_same(weights(FOLDER.with_name(FOLDER.name + "-dry"), 0), weights(whole / FOLDER, 0))
+    for file, message in ((bad, "invalid hash value"), (Path("gone.pt"), "No such file")):
+        other = file.absolute().as_uri()
+        status, _, err = start(f"{TINY} --step0 {other} --out other")
+        assert status == 2 and f"{other}: cannot be fetched" in err and message in err
+    assert not Path("other").exists()
+    assert files.name_in("https://a.b/c/step_0-1a2b3c4d.pt?download=1") == "step_0-1a2b3c4d.pt"
 
 
 @slow
