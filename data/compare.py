@@ -4,8 +4,9 @@
     python -m data.compare mine=runs/mine-voc-15-1-overlapped-s0 runs/dkd-voc*
 
 Runs that differ only in the seed, or in the class order, share a row: mean and
-standard deviation. What is no finished run is named on stderr and left out; the
-exit status is then 2.
+standard deviation. Below the table: what is no result, such as a dry run, a run
+that is not finished, or one that is there twice. What is no run at all is named
+on stderr, and the exit status is then 2.
 """
 
 from __future__ import annotations
@@ -34,15 +35,23 @@ UNLISTED |= {"warmup"}
 
 def main(argv: list[str] | None = None) -> int:
     args = flags().parse_args(argv)
-    runs, errors = [], []
+    runs, left_out, errors = {}, [], []
     for given in args.runs:
         try:
-            runs.append(read_run(given))
+            run = read_run(given)
+            one = run["row"], run["seed"], run["order"], str(run["training_images"])
+            if one in runs:
+                raise NoResult(f"{given}: the run of {runs[one]['folder']}, which counts once")
+            runs[one] = run
+        except NoResult as reason:
+            left_out.append(reason)
         except InputError as error:
             errors.append(error)
-    rows = table_rows(runs)
+    rows = table_rows([*runs.values()])
     if rows:
         print(markdown(rows))
+    if left_out:
+        print("\n".join(["\nno results:" if rows else "no results:", *map(str, left_out)]))
     if rows and args.curves:
         try:
             draw_curves(rows, args.curves)
@@ -51,31 +60,44 @@ def main(argv: list[str] | None = None) -> int:
             errors.append(error)
     for error in errors:
         print(f"compare: {error}", file=sys.stderr)
-    return 2 if errors else 0
+    return 2 if errors or not rows else 0
+
+
+class NoResult(Exception):
+    """A run that the table leaves out; says why."""
 
 
 def read_run(given: str) -> dict:
     """A finished run.
 
     given       its folder, or NAME=folder to name its row
-    returns     parts of config.json; flags: those that differ from the script's recipe, as typed;
-                iou: per step, float64 [C], percent, NaN where no test image shows the class;
+    returns     row: what is the same in all runs of a row; parts of config.json; flags: those that
+                differ from the script's recipe, as typed; iou: per step, float64 [C], percent, NaN
+                where no test image shows the class; training_images: per step;
                 minutes: per step, None where --step0 took it from another run; columns: texts
-    InputError  no run there, one that is not finished, or one of a script that is not here
+    NoResult    a dry run, or one that is not finished
+    InputError  no run there, or one of a script that is not here
     """
     named = "=" in given and not Path(given).is_dir()
     name, folder = given.split("=", 1) if named else ("", given)
     file = Path(folder) / "metrics.json"
     try:
         config = json.loads(file.with_name("config.json").read_text())
-        steps, used = json.loads(file.read_text())["steps"], config["flags"]
+        steps, used = [], config["flags"]
+        if file.exists():
+            steps = json.loads(file.read_text())["steps"]
         script = method_script(used["method"])
         recipe = vars(script.flags().parse_args([])) | {"dataset": used["dataset"]}
         common.fill_in(recipe)
-        missing = len(common.task_steps(used["task"], len(config["classes"]) - 1)) - len(steps)
+        of = len(common.task_steps(used["task"], len(config["classes"]) - 1))
+        if used["dry_run"]:
+            raise NoResult(f"{folder}: a dry run")
+        if len(steps) < of:
+            raise NoResult(f"{folder}: not finished, {len(steps)} of {of} steps are done")
         own_data = f" {Path(used['data']).name}" if used["dataset"] == "folder" else ""
         run = {key: used[key] for key in ("method", "dataset", "task", "setting", "seed")} | {
-            "name": name or config["published"] or used["method"],
+            "folder": folder,
+            "name": name or ("joint" if of == 1 else config["published"]) or used["method"],
             "order": Path(used["class_order"]).name if used["class_order"] else "own",
             "published": config["published"],
             "flags": [
@@ -84,6 +106,7 @@ def read_run(given: str) -> dict:
                 if key not in UNLISTED and used.get(key) not in (None, recipe[key])
             ],
             "iou": [torch.tensor(np.array([*step["iou"].values()], float)) for step in steps],
+            "training_images": [step.get("training_images") for step in steps],
             "minutes": [step["timing"].get("minutes") for step in steps],
             "columns": {
                 "dataset": used["dataset"] + own_data,
@@ -98,11 +121,9 @@ def read_run(given: str) -> dict:
         }
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{folder}: no results of a run ({error})") from None
-    if missing:
-        raise InputError(f"{folder}: not finished, {missing} steps are missing")
-    if not name and run["task"] == "offline":
-        run["name"] = "joint"
-    return run
+    same = [run["name"], run["method"], run["flags"]]
+    same += [run["columns"][key] for key in ("dataset", "task", "setting", "tested on")]
+    return run | {"row": str(same)}
 
 
 def as_typed(key: str, value: object) -> str:
@@ -125,9 +146,7 @@ def table_rows(runs: Sequence[dict]) -> list[dict]:
     """
     groups: dict[str, list[dict]] = {}
     for run in runs:
-        same = [run["name"], run["method"], run["flags"]]
-        same += [run["columns"][key] for key in ("dataset", "task", "setting", "tested on")]
-        groups.setdefault(str(same), []).append(run)
+        groups.setdefault(run["row"], []).append(run)
     rows = []
     for group in groups.values():
         run = like = group[0]
@@ -225,7 +244,7 @@ def flags() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    text = "folders of finished runs; NAME=RUN names a row"
+    text = "folders of runs; NAME=RUN names a row"
     parser.add_argument("runs", metavar="RUN", nargs="+", help=text)
     text = "also draw mIoU over the steps, a line per row; needs matplotlib (no curves)"
     parser.add_argument("--curves", metavar="FILE.png", help=text)

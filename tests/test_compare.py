@@ -141,25 +141,55 @@ def test_other_pictures_other_flags_and_other_test_images_are_other_rows(tmp_pat
 
 def test_a_folder_that_is_no_finished_run_is_left_out_in_one_line(tmp_path, capsys):
     run = finished(tmp_path / "a=b", dkd, "--task 15-1", 50)
-    half = finished(tmp_path / "half", dkd, "--task 15-1", 50, steps=4)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken/config.json").write_text("{}")
     (tmp_path / "broken/metrics.json").write_text("[")
     strange = finished(tmp_path / "strange", dkd, "--task 15-1", 50, method="this")
     helper = finished(tmp_path / "helper", dkd, "--task 15-1", 50, method="common")
-    given = (tmp_path / "none", run, half, tmp_path / "broken", strange, helper)
+    given = (tmp_path / "none", run, tmp_path / "broken", strange, helper)
     assert compare.main([*map(str, given)]) == 2
     assert "this" not in sys.modules  # it would print a poem
     out, err = capsys.readouterr()
     assert len(rows(out)) == 1 and rows(out)[0]["base"] == "46.9"
     lines = err.splitlines()
-    assert len(lines) == 5 and all(line.startswith("compare: ") for line in lines)
-    assert "none: no results of a run" in lines[0] and "broken: no results" in lines[2]
-    assert "half: not finished, 2 steps are missing" in lines[1]
-    assert "there is no script this.py in" in lines[3] and "helper: no results" in lines[4]
-    assert compare.main([half, "--curves", "x.png"]) == 2
+    assert len(lines) == 4 and all(line.startswith("compare: ") for line in lines)
+    assert "none: no results of a run" in lines[0] and "broken: no results" in lines[1]
+    assert "there is no script this.py in" in lines[2] and "helper: no results" in lines[3]
+
+
+def test_dry_runs_and_unfinished_runs_are_listed_as_such(tmp_path, capsys):
+    run = finished(tmp_path / "a", dkd, "--task 15-1", 50)
+    dry = finished(tmp_path / "dry", dkd, "--task 15-1 --dry-run", 2)
+    half = finished(tmp_path / "half", dkd, "--task 15-1", 50, steps=4)
+    new = finished(tmp_path / "new", dkd, "--task 15-1", 50)
+    (tmp_path / "new/metrics.json").unlink()
+    assert compare.main([dry, run, half, new]) == 0
     out, err = capsys.readouterr()
-    assert out == "" and len(err.splitlines()) == 1
+    assert err == "" and len(rows(out)) == 1 and rows(out)[0]["base"] == "46.9"
+    listed = f"""
+no results:
+{dry}: a dry run
+{half}: not finished, 4 of 6 steps are done
+{new}: not finished, 0 of 6 steps are done
+"""
+    assert out.endswith(listed)
+    assert compare.main([half, "--curves", "x.png"]) == 2
+    assert capsys.readouterr().out == "".join(listed.splitlines(True)[i] for i in (1, 3))
+
+
+def test_a_run_that_is_given_twice_is_one_seed(tmp_path, capsys):
+    """Also its copy, or the same command with another --out; but not another class order."""
+    first = finished(tmp_path / "a", dkd, "--task 15-1", 50)
+    copy = finished(tmp_path / "b", dkd, "--task 15-1 --out elsewhere", 50)
+    other = finished(tmp_path / "c", dkd, "--task 15-1 --seed 1", 60)
+    order = finished(tmp_path / "d", dkd, "--task 15-1 --class-order b", 70)
+    assert compare.main([first, f"{first}/", copy, other, order]) == 0
+    out, _ = capsys.readouterr()
+    (row,) = rows(out)
+    assert row["seeds"] == "0, 1" and row["base"].startswith(f"{60 * 15 / 16:.1f} ± ")
+    assert f"\n{first}/: the run of {first}, which counts once\n{copy}: the run of" in out
+    assert compare.main([first, f"again={first}"]) == 0  # a name is a row of its own
+    assert len(rows(capsys.readouterr().out)) == 2
 
 
 @pytest.fixture
