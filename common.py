@@ -19,11 +19,9 @@ import functools
 import itertools
 import math
 import os
-import platform
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -45,6 +43,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.transforms.v2.functional import resize
 
 from data import pictures, shapes
+from data.environment import environment, git_commit
 from data.files import (
     IGNORE,
     CorruptFile,
@@ -1243,9 +1242,7 @@ class Run:
                 break
             self.results.pop()
             self.write_results()
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        cuda = args.device != "cpu"
-        versions["device"] = torch.cuda.get_device_name(args.device) if cuda else "cpu"
+        versions = environment(args.device)
         content = {"flags": vars(args), "versions": versions, "commit": git_commit()}
         write_json(config, content | {"published": self.published, "classes": self.data.names})
         data, done = self.data, len(self.results)
@@ -1484,14 +1481,6 @@ def segment(model: nn.Module, predict: Callable, pixels: Tensor, device: str) ->
 
 
 # ---------------------------------------------------------------------------- files and processes
-
-
-def git_commit() -> str:
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def clock(seconds: float) -> str:

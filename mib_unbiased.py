@@ -477,6 +477,8 @@ def open_pair(folder: str, args: argparse.Namespace) -> Pair:
             f"--analyse {folder}: no run there (its config.json cannot be read); expected a folder "
             "such as runs/mib_unbiased-shapes-15-1-overlapped-s0"
         ) from None
+    if flags["dry_run"]:
+        raise common.InputError(f"--analyse {folder}: a dry run")
     flags = vars(args) | flags | {"device": args.device, "precision": "fp32", "compile": False}
     if args.data != str(common.HERE / "data"):
         flags["data"] = args.data

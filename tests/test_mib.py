@@ -580,8 +580,11 @@ def test_the_analysis_of_a_run(start, method):
 
 
 def test_what_cannot_be_analysed_says_so(start):
-    status, _, err = start("--analyse nowhere", method="mib_unbiased")
-    assert status == 2 and "--analyse nowhere: no run there" in err
+    Path("dry").mkdir()
+    Path("dry/config.json").write_text('{"flags": {"dry_run": true}}')
+    for folder, reason in (("nowhere", "no run there"), ("dry", "a dry run")):
+        status, _, err = start(f"--analyse {folder}", method="mib_unbiased")
+        assert status == 2 and f"--analyse {folder}: {reason}" in err
     status, _, err = start("--retrain head", method="mib_unbiased")
     assert status == 2 and "--retrain goes with --analyse RUN" in err
 
