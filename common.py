@@ -171,17 +171,17 @@ DATASETS = (*FOLDERS, "shapes")
 
 def class_table(dataset: str, data: str = "") -> tuple[list[str], list[tuple[int, int, int]]]:
     """Names and colours of the ids 0 ... K. Own pictures have names in `data`/classes.txt."""
+    rows = read_table(dataset) if dataset != "folder" else []
+    names = ["background", *(row["name"] for row in rows)]
+    colours = [tuple(int(row[k]) for k in ("red", "green", "blue")) for row in rows if "red" in row]
     if dataset == "folder":
         file = Path(data) / "classes.txt"
         if not file.exists():
             raise InputError(f"--dataset folder: no {file}\n{how_to_get(dataset)}")
-        names = ["background", *read_lines(file, "--dataset folder:")]
+        names += read_lines(file, "--dataset folder:")
         if not 1 < len(set(names)) == len(names) <= IGNORE:
             raise InputError(f"{file}: 1 to 254 classes, each once, without background (number 0)")
-        return names, [(0, 0, 0), *pictures.palette(len(names) - 1)]
-    rows = read_table(dataset)
-    colours = [tuple(int(row[k]) for k in ("red", "green", "blue")) for row in rows]
-    return ["background", *(row["name"] for row in rows)], [(0, 0, 0), *colours]
+    return names, [(0, 0, 0), *(colours or pictures.palette(len(names) - 1))]
 
 
 def read_names(path: Path) -> list[str]:
@@ -1201,21 +1201,20 @@ class Run:
         for c in np.linspace(1, len(data.order), 6).round():
             fitting = (i for i, ids in enumerate(data.test_classes) if c in ids and i not in chosen)
             chosen += list(fitting)[:1]
-        truth = test_labels(data.order, data.steps[-1], ["later"])
-        view = View(data.test, truth, self.args.crop)
+        table = test_labels(data.order, data.steps[-1], ["later"])
+        view = View(data.test, table, self.args.crop)
         pixels, labels = zip(*(view[0, i] for i in chosen or [0]), strict=True)
-        columns = {"truth": [map_.numpy() for map_ in labels]}
+        predicted = {}
         for k in sorted({*np.linspace(0, step.index, 6).round().astype(int).tolist()}):
             file = folder / f"predicted_{k}.png"  # kept for the sheets of later steps
             if k == step.index:
                 found = [segment(model, self.predict, p, self.args.device) for p in pixels]
-                side_by_side = Image.fromarray(np.hstack(found))
-                side_by_side.putpalette(sum(map(tuple, data.colours), ()))
-                side_by_side.save(file)
+                pictures.class_map(np.hstack(found), data.colours).save(file)
             if file.exists():
-                columns[f"after step {k}"] = np.hsplit(np.array(Image.open(file)), len(pixels))
-        originals = [Image.fromarray(p.numpy()) for p in pixels]
-        page = pictures.prediction_sheet(originals, columns, data.names, data.colours)
+                predicted[k] = np.hsplit(np.array(Image.open(file)), len(pixels))
+        originals, truth = [Image.fromarray(p.numpy()) for p in pixels], [m.numpy() for m in labels]
+        style = data.names, data.colours, [s.last for s in data.steps]
+        page = pictures.prediction_sheet(originals, truth, predicted, *style)
         page.save(folder / f"step_{step.index}.png")
 
     # the folder

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import colorsys
+import bisect
+import functools
+import itertools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -12,14 +14,31 @@ BACKGROUND, IGNORE = 0, 255
 Colour = tuple[int, int, int]  # RGB, 0 ... 255
 
 
+@functools.cache
 def palette(count: int) -> list[Colour]:
-    """`count` distinct colours: hues a golden section apart, light and dark in turn; no black."""
-    colours = []
-    for i in range(count):
-        saturation, value = (1, 0.55)[i // 2 % 2], (1, 0.65)[i % 2]
-        rgb = colorsys.hsv_to_rgb(0.618 * i, saturation, value)
-        colours.append(tuple(int(255 * c) for c in rgb))
-    return colours
+    """`count` colours, no grey. Each is the one that differs most from all before it and from grey.
+
+    A class keeps its colour where more classes follow.
+    """
+    colours = np.array([*itertools.product(range(0, 256, 36), repeat=3)])
+    seen, known = perceived(colours), perceived(np.stack([np.arange(0, 256, 36)] * 3, 1))  # greys
+    nearest = np.linalg.norm(seen[:, None] - known, axis=2).min(1)
+    chosen = []
+    for _ in range(count):
+        chosen.append(int(nearest.argmax()))
+        nearest = np.minimum(nearest, np.linalg.norm(seen - seen[chosen[-1]], axis=1))
+    return [tuple(colours[i].tolist()) for i in chosen]
+
+
+def perceived(colours: np.ndarray) -> np.ndarray:
+    """RGB [n, 3] -> CIELAB [n, 3], in which distances are about as large as they look."""
+    rgb = colours / 255
+    linear = np.where(rgb > 0.04045, ((rgb + 0.055) / 1.055) ** 2.4, rgb / 12.92)
+    xyz = linear @ np.array(
+        [[0.4339, 0.2126, 0.0177], [0.3762, 0.7152, 0.1095], [0.1899, 0.0722, 0.8728]]
+    )
+    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116).T
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
 def overlay(picture: Image.Image, labels: np.ndarray, colours: Sequence[Colour]) -> Image.Image:
@@ -33,6 +52,13 @@ def overlay(picture: Image.Image, labels: np.ndarray, colours: Sequence[Colour])
     grey = np.asarray(picture.convert("L"))[..., None]
     mixed = np.where(labels[..., None] == BACKGROUND, grey, 0.35 * grey + 0.65 * table[labels])
     return Image.fromarray(mixed.astype(np.uint8))
+
+
+def class_map(labels: np.ndarray, colours: Sequence[Colour]) -> Image.Image:
+    """Class ids, uint8 [H, W], as a picture that keeps the ids and is shown in their colours."""
+    page = Image.fromarray(labels)
+    page.putpalette(sum(map(tuple, colours), ()))
+    return page
 
 
 def entries(
@@ -89,16 +115,23 @@ def sheet(
     titles: Sequence[str],
     pairs: Sequence[tuple[str, Colour]],
 ) -> Image.Image:
-    """Rows of pictures under the titles of the columns, and a legend; pictures become squares."""
+    """Rows of pictures under the titles of the columns, and a legend; pictures become squares.
+
+    A title may have several lines; one that is too long is written smaller.
+    """
     side, gap = 192, 6
     width = gap + len(titles) * (side + gap)
     size = max(14, width // 58)  # readable when the sheet is shown 800 pixels wide
-    names, top = legend(pairs, width, size), 2 * size
+    names, top = legend(pairs, width, size), 3 * size
     height = top + len(rows) * (side + gap) + names.height + gap
     page = Image.new("RGB", (names.width, height), "white")
-    pen, font = ImageDraw.Draw(page), ImageFont.load_default(size)
+    pen = ImageDraw.Draw(page)
     for x, title in enumerate(titles):
-        pen.text((gap + x * (side + gap) + side // 2, top // 2), title, "black", font, "mm")
+        for y, line in enumerate(lines := title.split("\n")):
+            wide = ImageFont.load_default(size).getlength(line)
+            font = ImageFont.load_default(min(size, size * side / wide))
+            place = gap + x * (side + gap) + side // 2, (y + 1) * top // (len(lines) + 1)
+            pen.text(place, line, "black", font, "mm")
     for y, row in enumerate(rows):
         for x, picture in enumerate(row):
             corner = (gap + x * (side + gap), top + y * (side + gap))
@@ -109,21 +142,32 @@ def sheet(
 
 def prediction_sheet(
     originals: Sequence[Image.Image],
-    columns: dict[str, Sequence[np.ndarray]],
+    truth: Sequence[np.ndarray],
+    predicted: dict[int, Sequence[np.ndarray]],
     names: Sequence[str],
     colours: Sequence[Colour],
+    last: Sequence[int],
 ) -> Image.Image:
-    """A row per picture: the picture itself, then its overlay of each column.
+    """A row per picture: the picture itself, then the overlays of its truth and its predictions.
 
-    columns             title -> class ids [H, W] of each picture; 255 = void
+    truth, predicted    class ids [H, W] of each picture, 255 = void; predicted: after which step
     names, colours      of the class ids 0, 1, ...
+    last                of each step the last class id that it learns
     """
-    shown = {c for maps in columns.values() for labels in maps for c in np.unique(labels).tolist()}
+    columns, seen = {"picture": originals, "truth": truth}, 0
+    for k, maps in predicted.items():
+        new = names[seen + 1 : last[k] + 1]
+        added = new[0] if len(new) == 1 else f"{len(new)} classes"
+        columns[f"after step {k}\n{'+ ' * bool(seen)}{added}"], seen = maps, last[k]
+    learned = [bisect.bisect_left(last, c) for c in range(len(names))]
+    marked = [n + f" (step {k})" * (k > 0) for n, k in zip(names, learned, strict=True)]
+    maps = [labels for column in (truth, *predicted.values()) for labels in column]
+    shown = {c for labels in maps for c in np.unique(labels).tolist()}
     rows = [
         [picture, *(overlay(picture, labels, colours) for labels in maps)]
-        for picture, *maps in zip(originals, *columns.values(), strict=True)
+        for picture, *maps in zip(*columns.values(), strict=True)
     ]
-    return sheet(rows, ("picture", *columns), entries(shown, names, colours))
+    return sheet(rows, [*columns], entries(shown, marked, colours))
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], base: int) -> Image.Image:

@@ -3,9 +3,9 @@
     python -m data.predict runs/dkd-voc-15-1-overlapped-s0 photo.jpg photos/
     python -m data.predict runs/dkd-voc-15-1-overlapped-s0 --eval
 
-Pictures may have any size. The newest finished step segments them, and
-runs/NAME/pictures/ gets an overlay with a legend and a map of class numbers for
-each. --eval prints the table of the run on its own test images and writes
+Pictures may have any size. The newest finished step segments them, or --step,
+and runs/NAME/pictures/ gets an overlay with a legend and a map of class numbers
+for each. --eval prints the table of the run on its own test images and writes
 nothing. The network's flags come from the checkpoints.
 """
 
@@ -28,7 +28,7 @@ from torch import nn
 import common
 from common import HERE, InputError
 from data import pictures
-from data.tables import results_table, summary
+from data.tables import iou_table, results_table, summary
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,13 +47,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def finished_steps(run: Path) -> dict[int, Path]:
-    """Step index -> step_K.pt, in order. InputError: there is none."""
+def finished_steps(run: Path, only: int | None = None) -> dict[int, Path]:
+    """Step index -> step_K.pt, in order; or `only` one of them. InputError: there is none."""
     numbers = {path.stem.removeprefix("step_"): path for path in run.glob("step_*.pt")}
     found = {int(number): path for number, path in numbers.items() if number.isdecimal()}
     if not found:
         raise InputError(f"{run}: no step_0.pt in this folder; train first")
-    return dict(sorted(found.items()))
+    if only is None:
+        return dict(sorted(found.items()))
+    if only not in found:
+        raise InputError(f"--step {only}: {run} has {', '.join(map(str, sorted(found)))}")
+    return {only: found[only]}
 
 
 def method_script(name: str) -> ModuleType:
@@ -102,9 +106,9 @@ def class_names(saved: dict) -> list[str]:
 
 
 def evaluate_again(args: argparse.Namespace) -> None:
-    """--eval: prints the table of all steps; writes nothing."""
+    """--eval: prints the table of all steps, or of --step; writes nothing."""
     run, data, results = Path(args.run), None, []
-    steps = finished_steps(run)
+    steps = finished_steps(run, args.step)
     predict, published = prediction_rule(run)
     for index, path in steps.items():
         model, saved, settings = load(path, args)
@@ -113,36 +117,51 @@ def evaluate_again(args: argparse.Namespace) -> None:
         if names != data.names[: len(names)]:
             raise InputError(f"{path}: learned other classes than those in {data.where}")
         results.append(common.evaluate(model, predict, data, data.steps[index]))
-        print(f"step {index}: {summary(results[-1])}", flush=True)
+        print(f"step {index}: {summary(results[-1])}\n{iou_table(results[-1])}", flush=True)
     print(results_table(results, data.steps, settings, published))
 
 
 @torch.no_grad()
+def segment(
+    model: nn.Module, predict: Callable, picture: Image.Image, settings: argparse.Namespace
+) -> np.ndarray:
+    """Class ids, uint8 [H, W], of a picture of any size; the network sees its shorter side as crop.
+
+    The logits are upsampled to the picture's size 64 rows at a time: those of a whole photograph
+    take gigabytes.
+    """
+    size = [round(side * settings.crop / min(picture.size)) for side in picture.size]
+    pixels = torch.from_numpy(np.array(picture.resize(size, Image.Resampling.BILINEAR)))
+    logits, _ = model(common.normalise(pixels[None], settings.device))
+    across, down = (
+        common.upsample(torch.eye(n, device=logits.device)[None, None], (side, n))[0, 0]
+        for side, n in zip(picture.size, (logits.shape[3], logits.shape[2]), strict=True)
+    )  # matrices [W, w] and [H, h]: bilinear upsampling is a product with both
+    rows = [predict(part @ logits @ across.T) for part in down.split(64)]
+    return torch.cat(rows, 1)[0].byte().cpu().numpy()
+
+
 def segment_pictures(args: argparse.Namespace) -> None:
     """Per picture: overlay and class map in the run's pictures/, and a line with the shares."""
     run, used = Path(args.run), set()
-    newest = [*finished_steps(run).values()][-1]
+    newest = [*finished_steps(run, args.step).values()][-1]
     paths = [path for given in args.pictures for path in pictures_in(Path(given))]
     predict, _ = prediction_rule(run)
     model, saved, settings = load(newest, args)
     names = class_names(saved)
     colours = saved.get("colours") or [(0, 0, 0), *pictures.palette(len(names) - 1)]
+    suffix = f"_step_{args.step}" * (args.step is not None)
     (run / "pictures").mkdir(exist_ok=True)
     for path in paths:
         picture = ImageOps.exif_transpose(common.read_picture(path))  # upright, as viewers show it
-        size = [round(side * settings.crop / min(picture.size)) for side in picture.size]
-        pixels = torch.from_numpy(np.array(picture.resize(size, Image.Resampling.BILINEAR)))
-        classes = Image.fromarray(common.segment(model, predict, pixels, settings.device))
-        classes = classes.resize(picture.size, Image.Resampling.NEAREST)
-        classes.putpalette(sum(map(tuple, colours), ()))
+        labels = segment(model, predict, picture, settings)
         name = "-".join(filter(None, (path.parent.name, path.stem)))
         while name in used:  # photos/x.jpg and photos/x.png
             name += "_2"
         used.add(name)
-        target = run / "pictures" / name
-        labels = np.asarray(classes)
+        target = run / "pictures" / f"{name}{suffix}"
         pictures.with_legend(picture, labels, names, colours).save(f"{target}_overlay.png")
-        classes.save(f"{target}_classes.png")
+        pictures.class_map(labels, colours).save(f"{target}_classes.png")
         counts = np.bincount(labels.ravel(), minlength=len(names))
         shares = sorted(zip(100 * counts / counts.sum(), names, strict=True), reverse=True)
         found = ", ".join(f"{name} {share:.1f} %" for share, name in shares if share)
@@ -176,6 +195,8 @@ def flags() -> argparse.ArgumentParser:
     add("pictures", metavar="PICTURE", nargs="*", help="pictures to segment, or folders of them")
     text = "evaluate every step_K.pt on the run's test images instead (off)"
     add("--eval", action="store_true", help=text)
+    text = "take this step, not the newest; with --eval it alone (all that are finished)"
+    add("--step", type=common.natural, metavar="K", help=text)
     text = "with --eval: where the run's data set lies now (where it lay in the run)"
     add("--data", metavar="DIR", help=text)
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Results as text: the table at the end of a run, beside the published numbers.
+"""What a run shows of itself as text: flags, progress, results beside the published numbers.
 
 It imports nothing of ours but the reading of files.
 """
@@ -6,6 +6,8 @@ It imports nothing of ours but the reading of files.
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import math
 from collections.abc import Sequence
 
@@ -23,9 +25,56 @@ def average_of_steps(results: list[dict]) -> float:
     return float(np.mean([v for v in values if v is not None] or [math.nan]))
 
 
+def as_typed(key: str, value: object) -> list[str]:
+    """A flag as the words of a command line."""
+    flag = "--" + key.replace("_", "-")
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    return [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]
+
+
+def clock(seconds: float) -> str:
+    hours, seconds = divmod(round(seconds), 3600)
+    return f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
+
+
+def live_line(done: float, left: float, losses: dict[str, str]) -> str:
+    """The step's progress for a terminal: DKD's five losses just fit into 80 columns.
+
+    done        share of the step, 0 ... 1
+    left        seconds
+    """
+    shown = (f"{name} {float(value):.4f}"[: len(name) + 6] for name, value in losses.items())
+    return f"{100 * done:.0f} %, {clock(left)} left; " + " ".join(shown)
+
+
 def summary(result: dict) -> str:
     shown = [f"{k} {v:.2f}" for k, v in result["with_background"].items() if v is not None]
     return f"mIoU {', '.join(shown)} on {result['test_images']} test images"
+
+
+def iou_table(result: dict) -> str:
+    """A step's IoU of each class, some to a line of 80 columns; "-": no test image shows it."""
+    width = min(18, max(map(len, result["iou"])))
+    cells = [
+        f"{name[:width]:{width}} {'-' if value is None else f'{value:.1f}':>5}"
+        for name, value in result["iou"].items()
+    ]
+    each = 78 // (width + 8)
+    rows = (cells[i : i + each] for i in range(0, len(cells), each))
+    return "\n".join("  " + "  ".join(row) for row in rows)
+
+
+def iou_csv(results: list[dict], steps: Sequence) -> str:
+    """A row per class, a column per step; empty where no test image shows the class."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["class", "learned_in", *(f"step_{r['step']}" for r in results)])
+    for c, name in enumerate(results[-1]["iou"]):
+        values = (r["iou"].get(name) for r in results)
+        first = next(step.index for step in steps if c <= step.last)
+        table.writerow([name, first, *("" if v is None else f"{v:.2f}" for v in values)])
+    return text.getvalue()
 
 
 def results_table(

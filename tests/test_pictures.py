@@ -11,12 +11,34 @@ import common
 from data import files, pictures
 
 
-@pytest.mark.parametrize("count", [1, 20, 254])
-def test_colours_are_distinct_and_none_is_black(count):
+def nearest(colours):
+    """Of the overlays of these colours over medium grey: the smallest distance in CIELAB."""
+    seen = pictures.perceived(0.35 * 128 + 0.65 * np.array(colours))
+    return np.linalg.norm(seen[:, None] - seen, axis=2)[~np.eye(len(seen), dtype=bool)].min()
+
+
+@pytest.mark.parametrize(("count", "least"), [(2, 60), (20, 25), (150, 9), (254, 5)])
+def test_colours_are_told_apart_and_none_is_grey(count, least):
     colours = pictures.palette(count)
-    assert len({*colours}) == count and (0, 0, 0) not in colours
-    assert {len(colour) for colour in colours} <= {3} and 0 <= np.min(colours) <= np.max(colours)
-    assert np.max(colours) <= 255
+    assert len(colours) == count and nearest(colours) > least
+    assert all(len({*colour}) > 1 for colour in colours)
+    assert colours[: count // 2] == pictures.palette(count // 2)
+    assert 0 <= np.min(colours) <= np.max(colours) <= 255
+
+
+@pytest.mark.parametrize(
+    ("dataset", "least"), [("shapes", 19), ("voc", 10), ("msrc", 10), ("ade", 9)]
+)
+def test_colours_of_the_data_sets_are_told_apart(dataset, least):
+    names, colours = common.class_table(dataset)
+    assert len(names) == len(colours) and nearest(colours[1:]) > least
+
+
+def test_distances_are_those_of_cielab():
+    """Red, green and blue in sRGB: L, a, b as printed in tables, for white (95.05, 100, 108.9)."""
+    found = pictures.perceived(255 * np.eye(3))
+    published = [[53.24, 80.09, 67.20], [87.73, -86.18, 83.18], [32.30, 79.19, -107.86]]
+    assert np.abs(found - published).max() < 0.1
 
 
 def test_an_overlay_keeps_background_grey_and_shows_void_white():
@@ -82,9 +104,13 @@ def test_pictures_show_every_step_also_after_a_resume(start, monkeypatch):
     assert start(flags)[0] == 130 and len(pages) == 6
     monkeypatch.setattr(common.Progress, "add", add)
     assert start(flags)[0] == 0
-    after = [[title for title in page[1] if "after" in title] for page in pages]
+    after = [[t.splitlines()[0] for t in page[1] if "after" in t] for page in pages]
     assert after[1] == ["after step 0", "after step 1"]
     assert after[6] == [f"after step {k}" for k in (0, 1, 2, 4, 5, 6)]
+    assert pages[0][1][2] == "after step 0\n14 classes" and "\n+ person" in pages[1][1][3]
+    assert pages[6][1][5] == "after step 4\n+ 2 classes"  # step 3 has no column
+    legend = dict(pages[0][2])
+    assert "train (step 5)" in legend and "aeroplane" in legend
     # what a step predicted looks the same in its own sheet and in the last one
     for k, column in ((1, 3), (2, 4), (4, 5)):
         own = [np.asarray(row[-1]) for row in pages[k][0]]

@@ -1,5 +1,6 @@
 """data/predict.py: pictures through a finished run, and the evaluation of its steps again."""
 
+import argparse
 import json
 import multiprocessing
 import re
@@ -74,7 +75,10 @@ def test_the_evaluation_prints_the_table_of_the_run_and_writes_nothing(run, comm
     assert (status, err) == (0, "") and content(run) == before
     table = out[out.index("mIoU, %") :]
     assert len(table.splitlines()) > 6 and table in (run / "log.txt").read_text()
-    assert re.search(r"^step 0: mIoU base .* 2 test images\nstep 1: .* 3 test images$", out, re.M)
+    pattern = r"^step 0: mIoU .* 2 test images\n  background .*\nstep 1: .* 3 test images$"
+    assert re.search(pattern, out, re.M)
+    status, out, _ = command(run, "--eval", "--step", "0")
+    assert status == 0 and "step 0: mIoU" in out and "step 1" not in out
     (run / "step_0.pt").unlink()  # of an unfinished copy what is there
     status, out, _ = command(run, "--eval")
     assert status == 0 and "step 0: " not in out and "step 1: mIoU" in out
@@ -140,6 +144,28 @@ def test_the_newest_step_predicts_by_the_rule_of_its_method(run, command, monkey
     monkeypatch.setattr(predict, "method_script", lambda _: common)  # has no rule of its own
     status, out, _ = command(run, "photo.png")
     assert status == 0 and "background 100.0 %" in out
+
+
+@pytest.mark.parametrize("size", [(90, 50), (33, 150)])
+def test_logits_are_upsampled_to_the_picture_not_class_maps(size):
+    """In strips of rows it is what the rule gives on all of them at once."""
+    logits = torch.randn(1, 4, 5, 7, generator=torch.Generator().manual_seed(0))
+    settings = argparse.Namespace(crop=32, device="cpu")
+    found = predict.segment(
+        lambda _: (logits, {}), common.most_likely, Image.new("RGB", size), settings
+    )
+    whole = common.upsample(logits, size[::-1]).argmax(1)[0]
+    assert found.shape == size[::-1] and (found != whole.numpy()).mean() < 1e-3
+
+
+@slow
+def test_a_step_is_chosen_and_its_pictures_are_files_of_their_own(run, command):
+    trees.write(Path("photo.png"), trees.picture(3))
+    for flags, ending in (((), ""), (("--step", "0"), "_step_0")):
+        assert command(run, "photo.png", *flags)[0] == 0
+        assert (run / f"pictures/photo{ending}_classes.png").exists()
+    status, _, err = command(run, "photo.png", "--step", "2")
+    assert status == 2 and err == f"predict: --step 2: {run} has 0, 1\n"
 
 
 @slow
