@@ -20,6 +20,7 @@ import itertools
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -42,7 +43,7 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.transforms.v2.functional import resize
 
-from data import pictures, shapes
+from data import pictures, shapes, tables
 from data.environment import environment, git_commit
 from data.files import (
     IGNORE,
@@ -60,8 +61,8 @@ from data.files import (
     read_table,
     write_atomically,
     write_json,
+    write_text,
 )
-from data.tables import average_of_steps, results_table, summary, without_nan
 
 try:
     import fcntl
@@ -767,7 +768,7 @@ def evaluate(model: nn.Module, predict: Callable, data: Data, step: Step) -> dic
         "training_images": len(data.images[step.index]),
         "test_images": len(images),
     }
-    return without_nan(result)
+    return tables.without_nan(result)
 
 
 # ---------------------------------------------------------------------------------------- dense
@@ -938,7 +939,7 @@ class Run:
         self.args, self.predict, self.published = args, predict, published
         self.data = Data(args)
         name = f"{args.method}-{args.dataset}-{args.task}-{args.setting}-s{args.seed}"
-        self.folder = Path(args.out) / (name + "-dry" * args.dry_run)
+        self.folder = Path(args.out) / ((args.name or name) + "-dry" * args.dry_run)
         self.results: list[dict] = []
         self.losses: dict[str, Tensor] | None = None
         self.timing: dict[str, float] = {}
@@ -963,7 +964,7 @@ class Run:
                 yield step
         if rank == 0:
             (self.folder / "last.pt").unlink(missing_ok=True)  # killed after the last metrics.json
-        self.say(results_table(self.results, self.data.steps, args, self.published))
+        self.say(tables.results_table(self.results, self.data.steps, args, self.published))
         self.say(f"weights, metrics.json, train.csv and pictures/ are in {self.folder}")
 
     # models
@@ -1180,11 +1181,12 @@ class Run:
             write_atomically(path, lambda file: torch.save(content, file))
             self.write_results()
         broadcast(None, self.args.device)  # the others wait here: they read its file next
-        self.say(f"  {summary(result)}")
+        self.say(f"  {tables.summary(result)}\n{tables.iou_table(result)}")
 
     def write_results(self) -> None:
-        content = {"average": average_of_steps(self.results), "steps": self.results}
-        write_json(self.folder / "metrics.json", without_nan(content))
+        content = {"average": tables.average_of_steps(self.results), "steps": self.results}
+        write_json(self.folder / "metrics.json", tables.without_nan(content))
+        write_text(self.folder / "iou.csv", tables.iou_csv(self.results, self.data.steps))
 
     @torch.no_grad()
     def draw(self, step: Step, model: DeepLabV3) -> None:
@@ -1244,6 +1246,7 @@ class Run:
         versions = environment(args.device)
         content = {"flags": vars(args), "versions": versions, "commit": git_commit()}
         write_json(config, content | {"published": self.published, "classes": self.data.names})
+        write_text(self.folder / "flags.txt", "".join(f"{word}\n" for word in args.typed))
         data, done = self.data, len(self.results)
         script, copy = Path(sys.argv[0]), self.folder / Path(sys.argv[0]).name
         if copy.exists() and copy.read_bytes() != script.read_bytes():
@@ -1254,20 +1257,18 @@ class Run:
         self.say(f"run      {self.folder}" + f", {done} steps done" * bool(done))
         self.say(f"data     {data.where}: {len(data.train)} training, {len(data.test)} test images")
         self.say(f"steps    {' '.join(str(len(i)) for i in data.images)} training images")
-        self.say(
-            "flags    " + ", ".join(f"{k} {v}" for k, v in vars(args).items() if v is not None)
-        )
+        self.say(f"flags    {shlex.join(args.typed)} (config.json has all)")
         self.say("versions " + ", ".join(f"{k} {v}" for k, v in versions.items()))
 
     def refuse_other_flags(self, there: dict) -> None:
         """InputError: the folder's run has other flags, but for those that leave results alone."""
-        free = ("out", "device", "compile", "workers", "save_every", "step0")
+        free = ("out", "name", "typed", "device", "compile", "workers", "save_every", "step0")
         free += ("data",) * (self.args.dataset != "folder")  # there it is another data set
         here = vars(self.args)
         differ = [k for k in here if k not in free and here[k] != there.get(k)]
         if differ:
             listed = ", ".join(f"{k} {there.get(k)} there, {here[k]} here" for k in differ)
-            raise InputError(f"{self.folder} holds another run ({listed}); give --out DIR")
+            raise InputError(f"{self.folder} holds another run ({listed}); give --name NAME")
 
     def lock(self) -> None:
         """Makes the folder, and keeps other processes out of it for as long as this one lives."""
@@ -1393,19 +1394,20 @@ class Progress:
         """The line of progress; on a terminal the next one takes its place."""
         run, spent = self.run, self.seconds + time.monotonic() - self.clock
         todo, each = self.total - self.iteration, spent / self.iteration
-        text = f"  step {self.step.index}, iteration {self.iteration}/{self.total}, "
-        text += f"{clock(each * todo)} left"
-        later = [*zip(run.data.steps, run.data.images, strict=True)][self.step.index + 1 :]
-        if later:  # they distil and keep memories: slower
-            todo += sum(run.iterations(step, len(images)) for step, images in later)
-            text += f" (run: {clock(each * todo)} or more)"
-        text += f", {run.args.batch / each:.0f} images/s; "
-        text += ", ".join(f"{name} {value}" for name, value in means.items())
         if terminal and processes()[0] == 0:
             width = shutil.get_terminal_size().columns - 1
+            text = tables.live_line(self.iteration / self.total, each * todo, means)
             print(f"{text[:width]}\033[K", end="\r", flush=True)
         if done or not terminal:
-            run.say(text)
+            text = f"  step {self.step.index}, iteration {self.iteration}/{self.total}, "
+            text += f"{tables.clock(each * todo)} left"
+            later = run.data.steps[self.step.index + 1 :]
+            if later:  # they distil and keep memories: slower
+                images = map(len, run.data.images[later[0].index :])
+                todo += sum(map(run.iterations, later, images))
+                text += f" (run: {tables.clock(each * todo)} or more)"
+            text += f", {run.args.batch / each:.0f} images/s; "
+            run.say(text + ", ".join(f"{name} {value}" for name, value in means.items()))
 
     def save(self) -> None:
         """train.csv, and last.pt to resume from."""
@@ -1418,7 +1420,7 @@ class Progress:
         header = list(dict.fromkeys(key for row in self.rows for key in row))
         lines = [header, *([str(row.get(key, "")) for key in header] for row in self.rows)]
         text = "".join(",".join(line) + "\n" for line in lines)
-        write_atomically(run.folder / "train.csv", lambda file: file.write(text.encode()))
+        write_text(run.folder / "train.csv", text)
         state = {"model": weights, "optimizer": self.optimizer.state_dict(), "window": self.window}
         state |= {"step": self.step.index, "iteration": self.iteration, "seconds": self.seconds}
         state["rng"] = torch.get_rng_state()
@@ -1480,11 +1482,6 @@ def segment(model: nn.Module, predict: Callable, pixels: Tensor, device: str) ->
 
 
 # ---------------------------------------------------------------------------- files and processes
-
-
-def clock(seconds: float) -> str:
-    hours, seconds = divmod(round(seconds), 3600)
-    return f"{hours}:{seconds // 60:02}:{seconds % 60:02}"
 
 
 def processes() -> tuple[int, int]:
@@ -1552,7 +1549,8 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     """The flags of every method. Those that stand in `recipes` default to recipes[data set]."""
     made = argparse.ArgumentParser(
         description=doc.split("\n\n")[0],
-        usage="%(prog)s --task A-B [flags]; --help lists them",
+        usage="%(prog)s --task A-B [flags, or @FILE of flags]; --help lists them",
+        fromfile_prefix_chars="@",
         allow_abbrev=False,
     )
     made.set_defaults(recipes=recipes)
@@ -1631,8 +1629,9 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     text = "seconds between checkpoints inside a step (60)"
     add("--save-every", type=rate, default=60, metavar="SECONDS", help=text)
     add = made.add_argument_group("output").add_argument
-    text = "results go to DIR/METHOD-DATASET-TASK-SETTING-sSEED; a run there goes on (runs)"
-    add("--out", metavar="DIR", default="runs", help=text)
+    add("--out", metavar="DIR", default="runs", help="of the run's folder (runs)")
+    text = "of the run's folder; a run there goes on (METHOD-DATASET-TASK-SETTING-sSEED)"
+    add("--name", type=folder_name, help=text)
     text = "take this step_0.pt, of a path or a URL, instead of training step 0"
     add("--step0", metavar="FILE", help=text)
     add("--dry-run", action=on, help="two iterations per step, all else real, own folder")
@@ -1665,6 +1664,12 @@ def above_zero(text: str) -> float:
     return rate(text)
 
 
+def folder_name(text: str) -> str:
+    if not re.fullmatch(r"\w[\w.+-]*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a name of letters, digits and . _ + -")
+    return text
+
+
 def fill_in(flags: dict) -> None:
     """Takes what was not typed from the recipe of the data set; own pictures have that of VOC."""
     recipes = flags.pop("recipes")
@@ -1686,8 +1691,14 @@ def resolve_device(device: str) -> str:
     return device
 
 
-def resolve(args: argparse.Namespace) -> None:
-    """Fills in what was not typed: the recipe of the data set, device, precision, workers."""
+def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
+    """The command line; what was not typed is the data set's recipe, device, precision, workers."""
+    try:
+        args = flags.parse_args()
+    except UnicodeDecodeError as error:
+        raise InputError(f"@FILE: not a text with one flag per line ({error})") from None
+    typed = {k: v for k, v in vars(args).items() if v != flags.get_default(k)}
+    args.typed = [word for key, value in typed.items() for word in tables.as_typed(key, value)]
     if (args.backbone or "").startswith("swin"):
         args.output_stride = args.output_stride or 32  # the recipes have that of a ResNet
     fill_in(vars(args))
@@ -1717,15 +1728,16 @@ def resolve(args: argparse.Namespace) -> None:
     args.precision = args.precision or ("bf16" if cuda and not slow else "fp32")
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else min(8, os.cpu_count() or 1)
+    return args
 
 
 def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
     """Runs a script. Bad input ends in a clear line and status 2, other trouble in one and 1."""
-    args, status, message = flags.parse_args(), 0, ""
+    status, message = 0, ""
     number = int(os.environ.get("RANK", 0))  # torchrun sets it
     on_stop(leave)
     try:
-        resolve(args)
+        args = parse(flags)
         init_distributed(args)
         main(args)
         if dist.is_initialized():

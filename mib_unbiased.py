@@ -931,7 +931,7 @@ def analyse(args: argparse.Namespace) -> None:
             result["retrained"] = json.loads(file.read_text()).get("retrained", {})
         if args.retrain:
             result["retrained"][args.retrain] = retrain(pair, args.retrain, args)
-        results[name] = common.without_nan(result)
+        results[name] = common.tables.without_nan(result)
         common.write_json(file, results[name])
         print(report(results[name]), flush=True)
     if not results:

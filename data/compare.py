@@ -30,7 +30,7 @@ AVERAGES = ("base", "new", "all")
 # flags that the table does not list: they have a column, or change nothing in the method
 UNLISTED = {"task", "dataset", "setting", "seed", "class_order", "data", "out", "step0", "device"}
 UNLISTED |= {"save_every", "precision", "workers", "method", "head", "dropout", "bn_momentum"}
-UNLISTED |= {"warmup"}
+UNLISTED |= {"warmup", "name"}
 
 
 def main(argv: list[str] | None = None) -> int:

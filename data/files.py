@@ -176,8 +176,12 @@ def write_atomically(path: Path, write: Callable) -> None:
         beside.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
 def write_json(path: Path, content: object) -> None:
-    write_atomically(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
+    write_text(path, json.dumps(content, indent=1))
 
 
 def read_json(path: Path) -> dict:

@@ -170,8 +170,7 @@ def dense_plop(run: common.Run, z: Tensor, old_z: Tensor, labels: Tensor, old: i
 def run_for_dense(size: int) -> common.Run:
     """A run on shapes, for its `dense` at this size."""
     sys.argv = [dkd.__file__, "--dataset", "shapes", "--crop", str(size)]
-    typed = dkd.flags().parse_args()
-    common.resolve(typed)
+    typed = common.parse(dkd.flags())
     return common.Run(typed, dkd.predict, "")
 
 
@@ -352,8 +351,7 @@ def silent(*_: object) -> None:
 def main_of(script: ModuleType, flags: str) -> None:
     """A script's own loop."""
     with mock.patch.object(sys, "argv", [script.__file__, *flags.split()]):
-        typed = script.flags().parse_args()
-        common.resolve(typed)
+        typed = common.parse(script.flags())
         script.main(typed)
 
 

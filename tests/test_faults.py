@@ -323,6 +323,9 @@ BAD_FLAGS = [
     (f"--task 15-{'9' * 5000}", "expected A-B"),
     ("--setting ../x", "'disjoint'"),
     ("--dataset ../x", "'shapes'"),
+    *((f"--name {name}", "is not a name of letters") for name in ("../x", "..", "a/b", "a=b")),
+    ("@nowhere.txt", "No such file or directory: 'nowhere.txt'"),
+    ("@evil.pt", "@FILE: not a text with one flag per line"),
     ("--seed -1", "'-1' is not a whole number from 0"),
     ("--seed ../1", "is not a whole number from 0"),
     (f"--seed {2**70}", "is not a whole number from 0"),
@@ -402,12 +405,10 @@ def test_another_step0_is_refused_before_anything_is_written(start, whole):
 
 def test_bfloat16_only_where_the_gpu_has_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(sys, "argv", ["dkd.py"])
 
     def resolved(*flags):
-        args = importlib.import_module("dkd").flags().parse_args(["--device", "cuda", *flags])
-        common.resolve(args)
-        return args.precision
+        monkeypatch.setattr(sys, "argv", ["dkd.py", "--device", "cuda", *flags])
+        return common.parse(importlib.import_module("dkd").flags()).precision
 
     for capability, precision in (((8, 0), "bf16"), ((7, 5), "fp32")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)

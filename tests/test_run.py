@@ -1,6 +1,7 @@
 """Whole runs on tiny data: files, flags, refusals, what is the same in every method."""
 
 import ast
+import csv
 import functools
 import hashlib
 import importlib
@@ -42,18 +43,23 @@ def finished(whole, start):
 
 
 @slow
-def test_a_run_and_what_it_leaves(start):
+def test_a_run_and_what_it_leaves(start, capsys):
     status, out, err = start(TINY)
     assert (status, err) == (0, "")
     assert "step 1 of 0-1: learns tvmonitor (4) from 4 images" in out and "base 0-19" in out
     assert "published: base 77.76, new 41.45, all 76.03 (with background; DKD Table 1" in out
     names = {path.name for path in FOLDER.iterdir()}
     assert names == {
-        *("config.json", "log.txt", "dkd.py", "train.csv", "metrics.json", "pictures"),
-        *("step_0.pt", "step_1.pt", ".lock"),
+        *("config.json", "log.txt", "dkd.py", "train.csv", "metrics.json", "iou.csv"),
+        *("step_0.pt", "step_1.pt", ".lock", "flags.txt", "pictures"),
     }
     config = json.loads((FOLDER / "config.json").read_text())
     assert config["flags"]["alpha"] == 5.0 and config["versions"]["torch"] == torch.__version__
+    assert f"flags    {' '.join(config['flags']['typed'])} (config.json" in out
+    table = list(csv.DictReader((FOLDER / "iou.csv").read_text().splitlines()))
+    assert [row["learned_in"] for row in table] == [*"0" * 20, "1"] and table[20]["step_0"] == ""
+    printed = re.findall(r"^  .*\btrain +([0-9.]+)", out, re.M)
+    assert printed == [f"{float(table[19][step]):.1f}" for step in ("step_0", "step_1")]
     rows = read_rows(FOLDER)
     assert {"step", "iteration", "lr_factor", "mbce", "ac", "kd", "positive", "negative"} == {
         *rows[0]
@@ -76,6 +82,9 @@ def test_a_run_and_what_it_leaves(start):
     status, again, _ = start(TINY)
     assert status == 0 and "2 steps done" in again and again[again.index("mIoU, %") :] == table
     assert_same(before, weights(FOLDER))
+    # and so do the flags that it has written
+    trees.launch("dkd", f"@{FOLDER}/flags.txt")
+    assert "2 steps done" in capsys.readouterr().out
 
 
 @slow
@@ -209,6 +218,31 @@ def test_a_method_imports_common_and_packages_only(method):
             imported.add(node.module)
     assert "common" in imported
     assert not {name.split(".")[0] for name in imported} & {*METHODS, "data"}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "",
+        "--task 15-1 --dataset shapes --lr 0.1 1e-5 --ignore --no-freeze --keep-later --dry-run",
+        "--data 'my data/VOC=2012' --class-order ' order' --out ../-runs --name a.b-1 --seed 3",
+        "--epochs 5 --ignore void later --positive-weight 2.5 --device cpu --precision fp32",
+    ],
+)
+def test_flags_txt_repeats_the_command(tmp_path, monkeypatch, flags):
+    monkeypatch.chdir(tmp_path)
+    args = trees.arguments("dkd", flags)
+    Path("flags.txt").write_text("".join(f"{word}\n" for word in args.typed))
+    assert vars(trees.arguments("dkd", "@flags.txt")) == vars(args)
+    other = trees.arguments("dkd", "@flags.txt --seed 7")
+    assert other.seed == 7 and "--seed=7" in other.typed and "@" not in str(other.typed)
+
+
+def test_the_run_is_called_as_name_says(few_shapes):
+    usual = "dkd-shapes-15-1-overlapped-s0"
+    for flags, folder in (("--name lr2", "lr2"), ("--name a --dry-run", "a-dry"), ("", usual)):
+        args = trees.arguments("dkd", f"--dataset shapes {flags}")
+        assert common.Run(args, common.most_likely, "").folder == Path("runs") / folder
 
 
 @slow

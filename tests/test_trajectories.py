@@ -236,8 +236,7 @@ def test_a_script_trains_as_the_authors_program(monkeypatch, tmp_path, double, c
     line += f"--batch {GOLDEN['batch']} --workers 0 --device cpu --out {tmp_path}/runs"
     typed = [*line.split(), *flags_of(case).split(), *flags]
     monkeypatch.setattr(sys, "argv", [str(common.HERE / f"{method}.py"), *typed])
-    args = module.flags().parse_args()
-    common.resolve(args)
+    args = common.parse(module.flags())
     module.main(args)
 
     # inputs

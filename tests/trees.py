@@ -146,8 +146,7 @@ def arguments(method, flags=""):
     module = importlib.import_module(method)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [str(common.HERE / f"{method}.py"), *shlex.split(flags)])
-        args = module.flags().parse_args()
-        common.resolve(args)
+        args = common.parse(module.flags())
     return args
 
 
