@@ -1182,6 +1182,9 @@ class Run:
             self.write_results()
         broadcast(None, self.args.device)  # the others wait here: they read its file next
         self.say(f"  {tables.summary(result)}\n{tables.iou_table(result)}")
+        new, images = [self.data.names[c] for c in step.new], len(self.data.images[step.index])
+        if missed := tables.not_learned(result, new, self.iterations(step, images)):
+            self.say(missed)
 
     def write_results(self) -> None:
         content = {"average": tables.average_of_steps(self.results), "steps": self.results}
@@ -1393,21 +1396,18 @@ class Progress:
     def show(self, means: dict[str, str], done: bool, terminal: bool) -> None:
         """The line of progress; on a terminal the next one takes its place."""
         run, spent = self.run, self.seconds + time.monotonic() - self.clock
-        todo, each = self.total - self.iteration, spent / self.iteration
+        each = spent / self.iteration
+        left = each * (self.total - self.iteration)
         if terminal and processes()[0] == 0:
             width = shutil.get_terminal_size().columns - 1
-            text = tables.live_line(self.iteration / self.total, each * todo, means)
+            text = tables.live_line(self.iteration / self.total, left, means)
             print(f"{text[:width]}\033[K", end="\r", flush=True)
         if done or not terminal:
-            text = f"  step {self.step.index}, iteration {self.iteration}/{self.total}, "
-            text += f"{tables.clock(each * todo)} left"
+            place = f"step {self.step.index}, iteration {self.iteration}/{self.total}"
             later = run.data.steps[self.step.index + 1 :]
-            if later:  # they distil and keep memories: slower
-                images = map(len, run.data.images[later[0].index :])
-                todo += sum(map(run.iterations, later, images))
-                text += f" (run: {tables.clock(each * todo)} or more)"
-            text += f", {run.args.batch / each:.0f} images/s; "
-            run.say(text + ", ".join(f"{name} {value}" for name, value in means.items()))
+            images = map(len, run.data.images[self.step.index + 1 :])
+            after = each * sum(map(run.iterations, later, images))
+            run.say(tables.log_line(place, left, after, run.args.batch / each, means))
 
     def save(self) -> None:
         """train.csv, and last.pt to resume from."""
@@ -1567,7 +1567,7 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     add = made.add_argument_group("task").add_argument
     text = "A classes, then B at a time; or offline: all at once (15-1; ade 100-50, msrc 16-5)"
     add("--task", metavar="A-B", help=text)
-    text = "shapes: drawn, needs no files; folder: your own pictures, with voc's recipe (voc)"
+    text = "shapes: drawn, needs no files; folder: your own pictures (voc)"
     add("--dataset", choices=DATASETS, default="voc", help=text)
     text = "images of a step: any with a new class; none with later ones; old labels shown"
     add("--setting", choices=settings, default="overlapped", help=f"{text} (overlapped)")
@@ -1671,7 +1671,7 @@ def folder_name(text: str) -> str:
 
 
 def fill_in(flags: dict) -> None:
-    """Takes what was not typed from the recipe of the data set; own pictures have that of VOC."""
+    """Takes what was not typed from the recipe of the data set; one without has that of VOC."""
     recipes = flags.pop("recipes")
     for key, value in recipes.get(flags["dataset"], recipes["voc"]).items():
         if flags.get(key) is None:

@@ -51,8 +51,8 @@ Differences between the published codes that this borrows from (c) and this file
     --thresholds median are the medians of PLOP's paper. Pseudo-labels alone on shapes, 15-1, all,
     three seeds: 66.2 with the thresholds of the code, 59.0 with medians.
  2. PLOP's cells on maps that are not square. c: measured by the width. Here by the shorter side.
- 3. Network: as in difference 18 of ucd.py. The schedule is MiB's and PLOP's; msrc and shapes are
-    ours, rates as in mib_unbiased.py.
+ 3. Network: as in difference 18 of ucd.py. The schedule is MiB's and PLOP's; msrc, folder and
+    shapes are ours, rates as in mib_unbiased.py.
 """
 
 from __future__ import annotations
@@ -96,6 +96,7 @@ RECIPE["ade"] = RECIPE["voc"] | {
     "pod_logits": 0.00001,
 }
 RECIPE["msrc"] = RECIPE["voc"] | {"batch": 8, "crop": 256, "ignore": ["void", "later"]}
+RECIPE["folder"] = RECIPE["msrc"] | {"epochs": [60], "backbone": "mobilenet_v2", "ignore": ["void"]}
 RECIPE["shapes"] = RECIPE["voc"] | {
     "epochs": [15],
     "batch": 8,

@@ -119,6 +119,7 @@ RECIPE = {
 }
 RECIPE["ade"] = RECIPE["voc"] | {"epochs": [60]}
 RECIPE["msrc"] = RECIPE["voc"] | {"batch": 8, "crop": 256}
+RECIPE["folder"] = RECIPE["msrc"] | {"epochs": [60], "backbone": "mobilenet_v2"}
 RECIPE["shapes"] = RECIPE["voc"] | {
     "epochs": [15],
     "batch": 8,

@@ -81,7 +81,7 @@ Differences between MiB's paper (p), the authors' code (c) and this file:
 10. Replay is not in c. Images are drawn class by class from the steps in which their class was new.
 11. ADE20K's id 0 in the test. c: ignored. As c; --ignore later counts it as background.
 12. Rate of ASPP, head and classifiers. c: the trunk's. As c; --head-lr is for small data.
-13. msrc and shapes are not in the papers: the recipes are ours. For shapes the rate was chosen
+13. msrc, folder, shapes: not in the papers, the recipes are ours. For shapes the rate was chosen
     among 0.03, 0.1 and 0.3 on the joint run with --held-out 0.2.
 """
 
@@ -127,6 +127,7 @@ RECIPE = {
 }
 RECIPE["ade"] = RECIPE["voc"] | {"epochs": [60], "ignore": ["later", "other"]}
 RECIPE["msrc"] = RECIPE["voc"] | {"batch": 8, "crop": 256, "ignore": ["void", "later"]}
+RECIPE["folder"] = RECIPE["msrc"] | {"epochs": [60], "backbone": "mobilenet_v2", "ignore": ["void"]}
 RECIPE["shapes"] = RECIPE["voc"] | {
     "epochs": [15],
     "batch": 8,

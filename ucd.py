@@ -73,7 +73,7 @@ Both:
 18. Network. c: in-place ABN with leaky ReLU, no 3x3 convolution behind the ASPP, Xavier start of
     the head, rates 12, 24, 32 at stride 8. Here torchvision's ASPP with BatchNorm and ReLU, and a
     3x3 convolution. The dilations of the trunk are those of c (--dilate-first), but for shapes.
-19. msrc and shapes are not in the papers: the recipes are ours, rates as in mib_unbiased.py.
+19. msrc, folder, shapes: not in the papers, the recipes are ours, rates as in mib_unbiased.py.
 """
 
 from __future__ import annotations
@@ -111,6 +111,7 @@ RECIPE = {
 }
 RECIPE["ade"] = RECIPE["voc"] | {"epochs": [60], "pod": 0.001, "pod_logits": 0.00001}
 RECIPE["msrc"] = RECIPE["voc"] | {"batch": 8, "crop": 256, "ignore": ["void", "later"]}
+RECIPE["folder"] = RECIPE["msrc"] | {"epochs": [60], "backbone": "mobilenet_v2", "ignore": ["void"]}
 RECIPE["shapes"] = RECIPE["voc"] | {
     "epochs": [15],
     "batch": 8,

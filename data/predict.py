@@ -84,15 +84,15 @@ def prediction_rule(run: Path) -> tuple[Callable, str]:
     return getattr(method_script(method), "predict", common.most_likely), published
 
 
-def load(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict, argparse.Namespace]:
-    """The model of a step_K.pt, the file's content, and its flags with --device and --data."""
+def load(path: str | Path, device: str, data: str | None = None) -> tuple:
+    """The model of a step_K.pt, on this device; the file's content; its flags, with this `data`."""
     saved = common.read_checkpoint(path, "file")
     try:
         settings = argparse.Namespace(**saved["flags"])
-        if args.device == "cpu" and settings.device != "cpu":
+        if device == "cpu" and settings.device != "cpu":
             settings.precision = "fp32"  # bfloat16 is slow on a CPU
-        settings.device, settings.compile = args.device, False
-        settings.data = args.data or settings.data
+        settings.device, settings.compile = device, False
+        settings.data = data or settings.data
         model = common.build_model(settings, [len(names) for names in saved["classes"]])
     except (LookupError, ValueError, TypeError, AttributeError):
         raise InputError(f"{path}: not a step_K.pt of a run") from None
@@ -111,7 +111,7 @@ def evaluate_again(args: argparse.Namespace) -> None:
     steps = finished_steps(run, args.step)
     predict, published = prediction_rule(run)
     for index, path in steps.items():
-        model, saved, settings = load(path, args)
+        model, saved, settings = load(path, args.device, args.data)
         data = data or common.Data(settings)
         names = class_names(saved)
         if names != data.names[: len(names)]:
@@ -147,7 +147,7 @@ def segment_pictures(args: argparse.Namespace) -> None:
     newest = [*finished_steps(run, args.step).values()][-1]
     paths = [path for given in args.pictures for path in pictures_in(Path(given))]
     predict, _ = prediction_rule(run)
-    model, saved, settings = load(newest, args)
+    model, saved, settings = load(newest, args.device)
     names = class_names(saved)
     colours = saved.get("colours") or [(0, 0, 0), *pictures.palette(len(names) - 1)]
     suffix = f"_step_{args.step}" * (args.step is not None)

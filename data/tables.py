@@ -48,6 +48,17 @@ def live_line(done: float, left: float, losses: dict[str, str]) -> str:
     return f"{100 * done:.0f} %, {clock(left)} left; " + " ".join(shown)
 
 
+def log_line(place: str, left: float, after: float, rate: float, losses: dict[str, str]) -> str:
+    """The step's progress for a log.
+
+    left, after     seconds, of this step and of the later ones, which distil: there it is less
+    rate            images per second
+    """
+    whole = f" (run: {clock(left + after)} or more)" if after else ""
+    shown = ", ".join(f"{name} {value}" for name, value in losses.items())
+    return f"  {place}, {clock(left)} left{whole}, {rate:.0f} images/s; {shown}"
+
+
 def summary(result: dict) -> str:
     shown = [f"{k} {v:.2f}" for k, v in result["with_background"].items() if v is not None]
     return f"mIoU {', '.join(shown)} on {result['test_images']} test images"
@@ -63,6 +74,14 @@ def iou_table(result: dict) -> str:
     each = 78 // (width + 8)
     rows = (cells[i : i + each] for i in range(0, len(cells), each))
     return "\n".join("  " + "  ".join(row) for row in rows)
+
+
+def not_learned(result: dict, new: Sequence[str], iterations: int) -> str:
+    """A line on the new classes that the model hardly finds; "": it finds all."""
+    iou = result["iou"]
+    missed = [name for name in new if iou[name] is not None and iou[name] < 1]
+    text = f"  not learned in {iterations} iterations: {', '.join(missed)}. Try more --epochs"
+    return (text + ", a smaller --batch or a higher --lr") * bool(missed)
 
 
 def iou_csv(results: list[dict], steps: Sequence) -> str:

@@ -204,8 +204,7 @@ def test_an_older_checkpoint_without_colours_and_a_run_from_a_gpu(run, command):
     torch.save(saved | {"flags": flags}, run / "step_1.pt")
     trees.write(Path("photo.png"), trees.picture(3))
     assert command(run, "photo.png", "--device", "cpu")[0] == 0
-    args = predict.flags().parse_args([str(run), "--eval", "--device", "cpu"])
-    model, _, settings = predict.load(run / "step_1.pt", args)
+    model, _, settings = predict.load(run / "step_1.pt", "cpu")
     assert settings.precision == "fp32" and not model.bf16 and not model.training
 
 

@@ -60,6 +60,7 @@ def test_a_run_and_what_it_leaves(start, capsys):
     assert [row["learned_in"] for row in table] == [*"0" * 20, "1"] and table[20]["step_0"] == ""
     printed = re.findall(r"^  .*\btrain +([0-9.]+)", out, re.M)
     assert printed == [f"{float(table[19][step]):.1f}" for step in ("step_0", "step_1")]
+    assert re.search(r"^  not learned in \d+ iterations: \w.* Try more --epochs, ", out, re.M)
     rows = read_rows(FOLDER)
     assert {"step", "iteration", "lr_factor", "mbce", "ac", "kd", "positive", "negative"} == {
         *rows[0]

@@ -15,6 +15,13 @@ def test_the_live_line_keeps_all_losses_within_80_columns():
     assert line == expected and len(tables.live_line(1, 0, losses)) < 80
 
 
+def test_new_classes_that_are_not_learned_are_named():
+    result = {"iou": {"background": 0.0, "old": 0.2, "new": 0.9, "unseen": None, "found": 1.0}}
+    line = tables.not_learned(result, ["new", "unseen", "found"], 90)
+    assert line.startswith("  not learned in 90 iterations: new. Try more --epochs, ")
+    assert tables.not_learned(result, ["unseen", "found"], 90) == ""
+
+
 def test_a_class_has_its_place_in_the_table_and_its_row_in_the_csv_file():
     first = {"background": 90.0, "a, b": 12.345, "c" * 40: None}
     results = [{"step": 0, "iou": first}, {"step": 1, "iou": first | {"new": 0.0}}]

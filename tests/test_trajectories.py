@@ -168,7 +168,7 @@ def test_a_script_trains_as_the_authors_program(monkeypatch, tmp_path, double, c
         "dropout": 0.0,
         "dilate_first": False,
     }
-    monkeypatch.setitem(module.RECIPE, "voc", recipe)
+    monkeypatch.setitem(module.RECIPE, "folder", recipe)
     if case.get("thresholds"):
         thresholds = torch.tensor(case["thresholds"])
         monkeypatch.setattr(module, "find_thresholds", lambda *_: thresholds)
