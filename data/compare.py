@@ -41,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
             run = read_run(given)
             one = run["row"], run["seed"], run["order"], str(run["training_images"])
             if one in runs:
-                raise NoResult(f"{given}: the run of {runs[one]['folder']}, which counts once")
+                first = runs[one]["folder"]
+                raise NoResult(f"{given}: has the seed, class order and flags of {first}")
             runs[one] = run
         except NoResult as reason:
             left_out.append(reason)

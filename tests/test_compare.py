@@ -187,7 +187,8 @@ def test_a_run_that_is_given_twice_is_one_seed(tmp_path, capsys):
     out, _ = capsys.readouterr()
     (row,) = rows(out)
     assert row["seeds"] == "0, 1" and row["base"].startswith(f"{60 * 15 / 16:.1f} ± ")
-    assert f"\n{first}/: the run of {first}, which counts once\n{copy}: the run of" in out
+    for run in (f"{first}/", copy):
+        assert f"\n{run}: has the seed, class order and flags of {first}\n" in out
     assert compare.main([first, f"again={first}"]) == 0  # a name is a row of its own
     assert len(rows(capsys.readouterr().out)) == 2
 

@@ -208,6 +208,18 @@ def test_an_older_checkpoint_without_colours_and_a_run_from_a_gpu(run, command):
     assert settings.precision == "fp32" and not model.bf16 and not model.training
 
 
+@slow
+def test_results_in_python_as_data_readme_says(run, command, capsys):
+    """pandas is not needed here: the columns that it draws are there."""
+    page = (common.HERE / "data/README.md").read_text()
+    curves, picture = re.findall("```python\n(.*?)```", page, re.S)
+    table = (run / "train.csv").read_text().splitlines()
+    assert {*re.findall(r'"(\w+)"', curves)} | {"step"} <= {*table[0].split(",")}
+    Image.fromarray(np.full((50, 90), 128, np.uint8)).save("photo.jpg")
+    exec(re.sub(r"runs/\S+/step_5", f"{run}/step_1", picture), {})
+    assert re.match(r"\(50, 90\) \['(background|cat|dog|horse)'", capsys.readouterr().out)
+
+
 # refusals
 
 
