@@ -1173,6 +1173,7 @@ class Run:
                 "classes": [[self.data.names[c] for c in s.new] for s in steps],
                 "colours": self.data.colours,
                 "flags": vars(self.args),
+                "published": self.published,
                 "commit": config["commit"],
                 "versions": config["versions"],
                 "metrics": self.results[-1],
@@ -1181,10 +1182,9 @@ class Run:
             write_atomically(path, lambda file: torch.save(content, file))
             self.write_results()
         broadcast(None, self.args.device)  # the others wait here: they read its file next
-        self.say(f"  {tables.summary(result)}\n{tables.iou_table(result)}")
         new, images = [self.data.names[c] for c in step.new], len(self.data.images[step.index])
-        if missed := tables.not_learned(result, new, self.iterations(step, images)):
-            self.say(missed)
+        missed = tables.not_learned(result, new, self.iterations(step, images))
+        self.say(f"  {tables.summary(result)}\n{tables.iou_table(result)}{missed}")
 
     def write_results(self) -> None:
         content = {"average": tables.average_of_steps(self.results), "steps": self.results}
@@ -1629,7 +1629,7 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     text = "seconds between checkpoints inside a step (60)"
     add("--save-every", type=rate, default=60, metavar="SECONDS", help=text)
     add = made.add_argument_group("output").add_argument
-    add("--out", metavar="DIR", default="runs", help="of the run's folder (runs)")
+    add("--out", metavar="DIR", default="runs", help="where the run's folder lies (runs)")
     text = "of the run's folder; a run there goes on (METHOD-DATASET-TASK-SETTING-sSEED)"
     add("--name", type=folder_name, help=text)
     text = "take this step_0.pt, of a path or a URL, instead of training step 0"

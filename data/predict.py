@@ -2,9 +2,10 @@
 
     python -m data.predict runs/dkd-voc-15-1-overlapped-s0 photo.jpg photos/
     python -m data.predict runs/dkd-voc-15-1-overlapped-s0 --eval
+    python -m data.predict shared/step_5.pt photo.jpg
 
 Pictures may have any size. The newest finished step segments them, or --step,
-and runs/NAME/pictures/ gets an overlay with a legend and a map of class numbers
+and pictures/ beside it gets an overlay with a legend and a map of class numbers
 for each. --eval prints the table of the run on its own test images and writes
 nothing. The network's flags come from the checkpoints.
 """
@@ -13,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -47,17 +47,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def finished_steps(run: Path, only: int | None = None) -> dict[int, Path]:
-    """Step index -> step_K.pt, in order; or `only` one of them. InputError: there is none."""
+def step_files(run: Path, only: int | None = None) -> list[Path]:
+    """Every step_K.pt of a run in order, or `only` that of one step. InputError: there is none.
+
+    run     the run's folder, or one of the files, which may lie alone
+    """
+    if run.is_file():
+        return [run]
     numbers = {path.stem.removeprefix("step_"): path for path in run.glob("step_*.pt")}
     found = {int(number): path for number, path in numbers.items() if number.isdecimal()}
     if not found:
         raise InputError(f"{run}: no step_0.pt in this folder; train first")
     if only is None:
-        return dict(sorted(found.items()))
+        return [found[number] for number in sorted(found)]
     if only not in found:
         raise InputError(f"--step {only}: {run} has {', '.join(map(str, sorted(found)))}")
-    return {only: found[only]}
+    return [found[only]]
 
 
 def method_script(name: str) -> ModuleType:
@@ -73,15 +78,9 @@ def method_script(name: str) -> ModuleType:
     return script
 
 
-def prediction_rule(run: Path) -> tuple[Callable, str]:
-    """The rule logits [B, C, H, W] -> class ids [B, H, W], and the method's name in papers."""
-    file = run / "config.json"
-    try:
-        config = json.loads(file.read_text())
-        method, published = config["flags"]["method"], config["published"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{file}: not the configuration of a run ({error})") from None
-    return getattr(method_script(method), "predict", common.most_likely), published
+def prediction_rule(saved: dict) -> Callable:
+    """The rule logits [B, C, H, W] -> class ids [B, H, W] of the script that wrote a step_K.pt."""
+    return getattr(method_script(saved["flags"]["method"]), "predict", common.most_likely)
 
 
 def load(path: str | Path, device: str, data: str | None = None) -> tuple:
@@ -107,16 +106,16 @@ def class_names(saved: dict) -> list[str]:
 
 def evaluate_again(args: argparse.Namespace) -> None:
     """--eval: prints the table of all steps, or of --step; writes nothing."""
-    run, data, results = Path(args.run), None, []
-    steps = finished_steps(run, args.step)
-    predict, published = prediction_rule(run)
-    for index, path in steps.items():
+    data, results = None, []
+    for path in step_files(Path(args.run), args.step):
         model, saved, settings = load(path, args.device, args.data)
+        index = saved["step"]
         data = data or common.Data(settings)
         names = class_names(saved)
         if names != data.names[: len(names)]:
             raise InputError(f"{path}: learned other classes than those in {data.where}")
-        results.append(common.evaluate(model, predict, data, data.steps[index]))
+        rule, published = prediction_rule(saved), saved.get("published", "")
+        results.append(common.evaluate(model, rule, data, data.steps[index]))
         print(f"step {index}: {summary(results[-1])}\n{iou_table(results[-1])}", flush=True)
     print(results_table(results, data.steps, settings, published))
 
@@ -143,23 +142,22 @@ def segment(
 
 def segment_pictures(args: argparse.Namespace) -> None:
     """Per picture: overlay and class map in the run's pictures/, and a line with the shares."""
-    run, used = Path(args.run), set()
-    newest = [*finished_steps(run, args.step).values()][-1]
+    newest, used = step_files(Path(args.run), args.step)[-1], set()
     paths = [path for given in args.pictures for path in pictures_in(Path(given))]
-    predict, _ = prediction_rule(run)
     model, saved, settings = load(newest, args.device)
+    rule, folder = prediction_rule(saved), newest.parent / "pictures"
     names = class_names(saved)
     colours = saved.get("colours") or [(0, 0, 0), *pictures.palette(len(names) - 1)]
     suffix = f"_step_{args.step}" * (args.step is not None)
-    (run / "pictures").mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for path in paths:
         picture = ImageOps.exif_transpose(common.read_picture(path))  # upright, as viewers show it
-        labels = segment(model, predict, picture, settings)
+        labels = segment(model, rule, picture, settings)
         name = "-".join(filter(None, (path.parent.name, path.stem)))
         while name in used:  # photos/x.jpg and photos/x.png
             name += "_2"
         used.add(name)
-        target = run / "pictures" / f"{name}{suffix}"
+        target = folder / f"{name}{suffix}"
         pictures.with_legend(picture, labels, names, colours).save(f"{target}_overlay.png")
         pictures.class_map(labels, colours).save(f"{target}_classes.png")
         counts = np.bincount(labels.ravel(), minlength=len(names))
@@ -191,11 +189,11 @@ def flags() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("run", metavar="RUN", help="folder of a run, such as runs/dkd-voc-15-1-overlapped-s0")
+    add("run", metavar="RUN", help="folder of a run, or a step_K.pt of it")
     add("pictures", metavar="PICTURE", nargs="*", help="pictures to segment, or folders of them")
     text = "evaluate every step_K.pt on the run's test images instead (off)"
     add("--eval", action="store_true", help=text)
-    text = "take this step, not the newest; with --eval it alone (all that are finished)"
+    text = "take step K (the newest that is finished; with --eval all)"
     add("--step", type=common.natural, metavar="K", help=text)
     text = "with --eval: where the run's data set lies now (where it lay in the run)"
     add("--data", metavar="DIR", help=text)

@@ -80,7 +80,7 @@ def not_learned(result: dict, new: Sequence[str], iterations: int) -> str:
     """A line on the new classes that the model hardly finds; "": it finds all."""
     iou = result["iou"]
     missed = [name for name in new if iou[name] is not None and iou[name] < 1]
-    text = f"  not learned in {iterations} iterations: {', '.join(missed)}. Try more --epochs"
+    text = f"\n  not learned in {iterations} iterations: {', '.join(missed)}. Try more --epochs"
     return (text + ", a smaller --batch or a higher --lr") * bool(missed)
 
 

@@ -1,7 +1,6 @@
 """data/predict.py: pictures through a finished run, and the evaluation of its steps again."""
 
 import argparse
-import json
 import multiprocessing
 import re
 import shutil
@@ -254,8 +253,8 @@ class Code:
 @pytest.mark.parametrize("mode", ["--eval", "photo.jpg"])
 def test_files_of_a_run_that_are_damaged_are_named(run, command, mode):
     trees.write(Path("photo.jpg"), trees.picture(1))
-    config, newest = run / "config.json", run / "step_1.pt"
-    good, settings = torch.load(newest, weights_only=True), json.loads(config.read_text())
+    newest = run / "step_1.pt"
+    good = torch.load(newest, weights_only=True)
     other = good | {"flags": good["flags"] | {"backbone": "resnet18"}}
     for broken, message in (
         (other, "weights of another network than these flags give"),
@@ -268,16 +267,22 @@ def test_files_of_a_run_that_are_damaged_are_named(run, command, mode):
         status, out, err = command(run, mode)
         assert status == 2 and f"{newest}: {message}" in err and len(err.splitlines()) == 1
         assert "code ran" not in out + err
-    torch.save(good, newest)
-    for text, message in (
-        ("{", "not the configuration of a run"),
-        ("[]", "not the configuration of a run"),
-        (json.dumps({"flags": settings["flags"]}), "not the configuration of a run"),
-        (json.dumps(settings).replace('"dkd"', '"gone"'), "there is no script gone.py in"),
-    ):
-        config.write_text(text)
-        status, _, err = command(run, mode)
-        assert status == 2 and message in err and len(err.splitlines()) == 1
+    torch.save(good | {"flags": good["flags"] | {"method": "gone"}}, newest)
+    status, _, err = command(run, mode)
+    assert status == 2 and "there is no script gone.py in" in err and len(err.splitlines()) == 1
+
+
+@slow
+def test_a_step_pt_alone_is_enough(run, command):
+    """As somebody else gets it."""
+    Path("shared").mkdir()
+    shutil.copy(run / "step_1.pt", "shared/pets.pt")
+    trees.write(Path("photo.png"), trees.picture(3))
+    status, _, err = command("shared/pets.pt", "photo.png")
+    assert (status, err) == (0, "") and Path("shared/pictures/photo_classes.png").exists()
+    whole = command(run, "--step", "1", "--eval")[1]
+    alone = command("shared/pets.pt", "--eval")[1]
+    assert whole.endswith(alone) and alone.startswith("step 1: mIoU")
 
 
 def test_a_folder_without_a_step_is_no_run(command, tmp_path):
@@ -297,7 +302,7 @@ def test_steps_are_in_the_order_of_their_numbers(tmp_path):
         (tmp_path / f"step_{k}.pt").touch()
     for name in ("step_1.pt.damaged", "step_x.pt", "step_-1.pt"):
         (tmp_path / name).touch()
-    assert [*predict.finished_steps(tmp_path)] == [0, 9, 10]
+    assert predict.step_files(tmp_path) == [tmp_path / f"step_{k}.pt" for k in (0, 9, 10)]
 
 
 @pytest.mark.parametrize("flags", ["run", "run photo.jpg --eval", "", "run --unheard-of"])

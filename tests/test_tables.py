@@ -18,7 +18,7 @@ def test_the_live_line_keeps_all_losses_within_80_columns():
 def test_new_classes_that_are_not_learned_are_named():
     result = {"iou": {"background": 0.0, "old": 0.2, "new": 0.9, "unseen": None, "found": 1.0}}
     line = tables.not_learned(result, ["new", "unseen", "found"], 90)
-    assert line.startswith("  not learned in 90 iterations: new. Try more --epochs, ")
+    assert line.startswith("\n  not learned in 90 iterations: new. Try more --epochs, ")
     assert tables.not_learned(result, ["unseen", "found"], 90) == ""
 
 
