@@ -89,7 +89,7 @@ def iou_csv(results: list[dict], steps: Sequence) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["class", "learned_in", *(f"step_{r['step']}" for r in results)])
-    for c, name in enumerate(results[-1]["iou"]):
+    for c, name in enumerate(results[-1]["iou"] if results else ()):
         values = (r["iou"].get(name) for r in results)
         first = next(step.index for step in steps if c <= step.last)
         table.writerow([name, first, *("" if v is None else f"{v:.2f}" for v in values)])
