@@ -14,7 +14,6 @@ The border: if two papers could disagree about it, it is in the method file. In 
 from __future__ import annotations
 
 import argparse
-import csv
 import functools
 import itertools
 import math
@@ -43,11 +42,11 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.transforms.v2.functional import resize
 
-from data import pictures, shapes, tables
+# a method imports common alone: some of the names below are for methods
+from data import command, pictures, shapes, tables
 from data.environment import environment, git_commit
-from data.files import (
+from data.files import (  # noqa: F401
     IGNORE,
-    CorruptFile,
     InputError,
     classes_in_image,
     load_trunk,
@@ -59,15 +58,24 @@ from data.files import (
     read_mask,
     read_picture,
     read_table,
+    refuse_mask_size,
     write_atomically,
     write_json,
     write_text,
 )
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None  # Windows: nothing keeps two processes out of one folder there
+from data.folder import (  # noqa: F401
+    claim,
+    digest,
+    finished_steps,
+    keep_script,
+    read_config,
+    read_last,
+    read_rows,
+    refuse_other,
+    refuse_other_run,
+    sample_name,
+    usable,
+)
 
 BACKGROUND = 0
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0 ... 1
@@ -122,30 +130,31 @@ def task_steps(task: str, classes: int) -> list[Step]:
     ]
 
 
-def class_order(given: str | None, names: Sequence[str]) -> list[int]:
+def class_order(given: str | Sequence[str] | None, names: Sequence[str]) -> list[int]:
     """The data set's ids (1 ... K) in the order in which they are learned.
 
     given   the name of an order in data/orders.csv, or a text file with a class name or id per
-            line, every class once; None = the data set's own order
+            line, every class once; or the names of a run; None = the data set's own order
     """
     ids = list(range(1, len(names) + 1))
     if given is None:
         return ids
     orders = {r["name"]: r["order"] for r in read_table("orders") if int(r["classes"]) == len(ids)}
-    known = {name: i for i, name in enumerate(names, 1)} | {str(i): i for i in ids}
-    lines = orders[given].split() if given in orders else read_lines(given, "--class-order")
+    known = {str(i): i for i in ids} | {name: i for i, name in enumerate(names, 1)}
+    if isinstance(given, str):
+        lines = orders[given].split() if given in orders else read_lines(given, "--class-order")
+        where = f"--class-order {given}"
+    else:
+        lines, where = given, "the run's classes"
     if unknown := [line for line in lines if line not in known]:
         raise InputError(
-            f"--class-order {given}: no class is called {unknown[0]!r}; there are "
-            + ", ".join(names)
+            f"{where}: no class is called {unknown[0]!r}; there are " + ", ".join(names)
         )
     order = [known[line] for line in lines]
     if sorted(order) != ids:
         missing = [names[i - 1] for i in ids if i not in order]
         twice = [names[i - 1] for i, n in Counter(order).items() if n > 1]
-        raise InputError(
-            f"--class-order {given}: every class once, please; missing {missing}, repeated {twice}"
-        )
+        raise InputError(f"{where}: every class once, please; missing {missing}, repeated {twice}")
     return order
 
 
@@ -187,7 +196,9 @@ def class_table(dataset: str, data: str = "") -> tuple[list[str], list[tuple[int
 
 def read_names(path: Path) -> list[str]:
     """Names without folder and ending, from lines `x` or `/JPEGImages/x.jpg /Masks/x.png`."""
-    return [Path(line.split()[-1]).stem for line in read_lines(path, "list")]
+    endings = "|".join(map(re.escape, PICTURES))
+    names = (re.split("[/\\\\]", line)[-1] for line in read_lines(path, "list"))
+    return [re.sub(f"({endings})$", "", name, flags=re.I) for name in names]
 
 
 def list_samples(dataset: str, data: str, held_out: float = 0.0) -> Source:
@@ -405,10 +416,7 @@ class View(torch.utils.data.Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
         epoch, index = key
         picture, mask = read_picture(self.samples[index][0]), read_mask(self.samples[index][1])
-        if picture.size != mask.size:
-            raise InputError(
-                f"{self.samples[index][1]}: {mask.size} pixels, its picture has {picture.size}"
-            )
+        refuse_mask_size(self.samples[index][1], mask, picture)
         mask = mask.point(self.labels[index].tolist())
         if self.seed is None:
             return test_view(picture, mask, self.crop)
@@ -420,20 +428,23 @@ class Data:
     """A data set in the steps of a task. It knows nothing of runs.
 
     args                    the flags (see `parser`)
+    classes                 given: the names in the order of a run that is read, not --class-order's
     names, colours          of the class ids 0 ... K: positions in the class order; 0 = background
     order                   the data set's own ids, in class order
     steps                   of the task
     train, test             samples: (picture, mask); `where` says from which folder
     classes, test_classes   the class ids in each of them
     images                  for each step, the indices of its training images
+    identity                what results depend on in the data, wherever they lie: the classes and
+                            their numbers in the masks, digests of the lists of images
 
     InputError: no such data, an unreadable mask, or a step without an image of one of its classes
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, classes: Sequence[str] = ()) -> None:
         self.args = args
         names, colours = class_table(args.dataset, args.data)
-        self.order = class_order(args.class_order, names[1:])
+        self.order = class_order(classes or args.class_order, names[1:])
         self.names = [names[raw] for raw in (BACKGROUND, *self.order)]
         self.colours = [colours[raw] for raw in (BACKGROUND, *self.order)]
         self.steps = task_steps(args.task, len(self.order))
@@ -452,10 +463,17 @@ class Data:
                     * (args.setting != "overlapped" and not args.keep_later)
                 )
 
+        self.identity = {
+            "classes": self.names,
+            "numbers": [BACKGROUND, *self.order],
+            "training_images": digest(self.train, self.classes, self.order),
+            "test_images": digest(self.test, self.test_classes, self.order),
+        }
+
     def class_ids(self, samples: Sequence[tuple]) -> list[list[int]]:
         """The class ids in each sample."""
         position = {raw: c for c, raw in enumerate(self.order, 1)}
-        found = classes_in_image([mask for _, mask in samples], len(self.order))
+        found = classes_in_image(samples, len(self.order))
         return [[position[raw] for raw in ids] for ids in found]
 
     def labels(self, step: Step, setting: str | None = None) -> np.ndarray:
@@ -932,17 +950,23 @@ class Run:
     results     the finished steps' entries of metrics.json
     losses      those of this iteration, from `log`
     timing      of the step that was trained last
+    origin      versions and commit
     checked     how often `dense` has seen each kind of loss
     """
 
     def __init__(self, args: argparse.Namespace, predict: Callable, published: str) -> None:
         self.args, self.predict, self.published = args, predict, published
-        self.data = Data(args)
-        name = f"{args.method}-{args.dataset}-{args.task}-{args.setting}-s{args.seed}"
-        self.folder = Path(args.out) / ((args.name or name) + "-dry" * args.dry_run)
+        self.data, world = Data(args), processes()[1]
+        for step, images in enumerate(self.data.images):
+            if len(images) < world:
+                raise InputError(
+                    f"step {step} has {len(images)} images for {world} processes: start fewer"
+                )
+        self.folder = run_folder(args)
         self.results: list[dict] = []
         self.losses: dict[str, Tensor] | None = None
         self.timing: dict[str, float] = {}
+        self.origin: dict[str, object] = {}
         self.checked: Counter = Counter()
 
     def steps(self) -> Iterator[Step]:
@@ -998,15 +1022,19 @@ class Run:
             return model, f"trunk    {load_trunk(model, args.backbone, args.weights)}", {}
         saved = read_checkpoint(local_file(path), "--step0")
         try:
-            there = {"dilate_first": False} | saved["flags"]
+            images = "training_images"  # an older step_0.pt does not say which
+            there = {"dilate_first": False, images: self.data.identity[images]} | saved["flags"]
+            there |= saved.get("data", {})
             there |= {"classes": saved["classes"][0], "step": saved["step"]}
-            here = vars(args) | {"classes": [self.data.names[c] for c in step.new], "step": 0}
+            here = vars(args) | self.data.identity
+            here |= {"classes": [self.data.names[c] for c in step.new], "step": 0}
             for one in (there, here):  # in a first step, disjoint and sequential are the same
                 one["setting"] = one["setting"].replace("sequential", "disjoint")
         except (LookupError, TypeError, AttributeError):
             raise InputError(f"--step0 {path}: not a step_0.pt") from None
         network = ("backbone", "output_stride", "dilate_first", "head")
-        for key in ("step", "dataset", "classes", "setting", "keep_later", *network):
+        shown = ("classes", "setting", "keep_later", "held_out", images)
+        for key in ("step", "dataset", *shown, *network):
             if there.get(key) != here[key]:
                 raise InputError(
                     f"--step0 {path}: another {key}: {there.get(key)} there, {here[key]} here"
@@ -1066,10 +1094,6 @@ class Run:
         args, (rank, world) = self.args, processes()
         view, indices = self.data.training(step, labels, memory)
         images = min(args.batch, len(indices)) // world  # in each process
-        if not images:
-            raise InputError(
-                f"step {step.index} has {len(indices)} images for {world} processes: start fewer"
-            )
         if images == 1:
             # the pooling branch has one value per image and channel: one image has no variance
             model.aspp.convs[-1][2].eval()
@@ -1166,7 +1190,6 @@ class Run:
         if processes()[0] == 0:
             self.draw(step, model)
             steps = self.data.steps[: step.index + 1]
-            config = read_json(self.folder / "config.json")
             content = {
                 "model": weights | model.state_dict(),
                 "step": step.index,
@@ -1174,9 +1197,9 @@ class Run:
                 "colours": self.data.colours,
                 "flags": vars(self.args),
                 "published": self.published,
-                "commit": config["commit"],
-                "versions": config["versions"],
+                "data": self.data.identity,
                 "metrics": self.results[-1],
+                **self.origin,
             }
             path = self.folder / f"step_{step.index}.pt"
             write_atomically(path, lambda file: torch.save(content, file))
@@ -1212,11 +1235,13 @@ class Run:
         predicted = {}
         for k in sorted({*np.linspace(0, step.index, 6).round().astype(int).tolist()}):
             file = folder / f"predicted_{k}.png"  # kept for the sheets of later steps
-            if k == step.index:
-                found = [segment(model, self.predict, p, self.args.device) for p in pixels]
+            found = pictures.read_strip(file, len(pixels)) if k < step.index else []
+            if not found and (k == step.index or (self.folder / f"step_{k}.pt").exists()):
+                then = model if k == step.index else self.load(data.steps[k])
+                found = [segment(then, self.predict, p, self.args.device) for p in pixels]
                 pictures.class_map(np.hstack(found), data.colours).save(file)
-            if file.exists():
-                predicted[k] = np.hsplit(np.array(Image.open(file)), len(pixels))
+            if found:
+                predicted[k] = found
         originals, truth = [Image.fromarray(p.numpy()) for p in pixels], [m.numpy() for m in labels]
         style = data.names, data.colours, [s.last for s in data.steps]
         page = pictures.prediction_sheet(originals, truth, predicted, *style)
@@ -1225,83 +1250,31 @@ class Run:
     # the folder
 
     def open_folder(self) -> None:
-        """Makes the run's folder, or resumes the run that lies there."""
-        args, config, metrics = self.args, self.folder / "config.json", self.folder / "metrics.json"
-        try:
-            self.lock()
-            if args.dry_run:
-                shutil.rmtree(self.folder)
-                self.lock()
-            for left in self.folder.glob(".*.[0-9]*"):
-                left.unlink()  # half a file, of a process that was killed
-        except OSError as error:
-            raise InputError(f"--out {args.out}: cannot be written to ({error.strerror})") from None
-        if metrics.exists() or (self.folder / "last.pt").exists():
-            self.refuse_other_flags(read_json(config).get("flags", {}))
-        if metrics.exists():
-            self.results = read_json(metrics).get("steps", [])
-        # the next step starts from the newest model; if that is damaged it is trained again
-        while (newest := self.folder / f"step_{len(self.results) - 1}.pt").exists():
-            if self.checkpoint(newest):
-                break
-            self.results.pop()
+        """Makes the run's folder, or goes on with the run that lies there."""
+        args, data = self.args, self.data
+        weakref.finalize(self, os.close, claim(self.folder, args.dry_run))
+        refuse_other_run(self.folder, vars(args), data.identity, self.say)
+        self.results, changed = finished_steps(self.folder, self.say)
+        if changed:
             self.write_results()
         versions = environment(args.device)
-        content = {"flags": vars(args), "versions": versions, "commit": git_commit()}
-        write_json(config, content | {"published": self.published, "classes": self.data.names})
+        self.origin = {"versions": versions, "commit": git_commit()}
+        content = {"flags": vars(args), "data": data.identity, "published": self.published}
+        write_json(self.folder / "config.json", content | self.origin)
         write_text(self.folder / "flags.txt", "".join(f"{word}\n" for word in args.typed))
-        data, done = self.data, len(self.results)
-        script, copy = Path(sys.argv[0]), self.folder / Path(sys.argv[0]).name
-        if copy.exists() and copy.read_bytes() != script.read_bytes():
-            before = copy.with_stem(f"{copy.stem}-before-{time.strftime('%Y%m%d-%H%M%S')}")
-            os.replace(copy, before)
-            self.say(f"{script.name} has changed since; the old one is kept as {before.name}")
-        shutil.copy(script, copy)
+        keep_script(self.folder, Path(sys.argv[0]), self.say)
+        done = len(self.results)
         self.say(f"run      {self.folder}" + f", {done} steps done" * bool(done))
         self.say(f"data     {data.where}: {len(data.train)} training, {len(data.test)} test images")
         self.say(f"steps    {' '.join(str(len(i)) for i in data.images)} training images")
         self.say(f"flags    {shlex.join(args.typed)} (config.json has all)")
         self.say("versions " + ", ".join(f"{k} {v}" for k, v in versions.items()))
 
-    def refuse_other_flags(self, there: dict) -> None:
-        """InputError: the folder's run has other flags, but for those that leave results alone."""
-        free = ("out", "name", "typed", "device", "compile", "workers", "save_every", "step0")
-        free += ("data",) * (self.args.dataset != "folder")  # there it is another data set
-        here = vars(self.args)
-        differ = [k for k in here if k not in free and here[k] != there.get(k)]
-        if differ:
-            listed = ", ".join(f"{k} {there.get(k)} there, {here[k]} here" for k in differ)
-            raise InputError(f"{self.folder} holds another run ({listed}); give --name NAME")
-
-    def lock(self) -> None:
-        """Makes the folder, and keeps other processes out of it for as long as this one lives."""
-        (self.folder / "pictures").mkdir(parents=True, exist_ok=True)
-        lock = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT)
-        weakref.finalize(self, os.close, lock)
-        try:
-            if fcntl:  # lockf: the workers, which may live a little longer, do not inherit it
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise InputError(
-                f"{self.folder}: another process is at work in it; wait for it, or give --out DIR"
-            ) from None
-        except OSError:
-            pass  # a file system without locks
-
-    def checkpoint(self, path: Path) -> dict | None:
-        """A checkpoint of this run. A corrupt one is set aside, which is said: None."""
-        try:
-            return read_checkpoint(path, "file")
-        except CorruptFile as error:
-            os.replace(path, f"{path}.damaged")
-            self.say(f"{error}; set aside as {path.name}.damaged")
-            return None
-
     def say(self, text: str) -> None:
         """To the terminal and to log.txt, from the first process."""
         if processes()[0] == 0:
-            print(text, flush=True)
-            with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            command.show(text)
+            with open(self.folder / "log.txt", "a", encoding="utf-8", errors="replace") as file:
                 file.write(text + "\n")
 
 
@@ -1335,25 +1308,25 @@ class Progress:
         self.clock = self.shown = self.saved = time.monotonic()
 
     def resume(self) -> None:
-        path, table = self.run.folder / "last.pt", self.run.folder / "train.csv"
-        saved = self.run.checkpoint(path) if path.exists() else None
-        if saved and saved.get("step") == self.step.index:
+        path, device = self.run.folder / "last.pt", self.run.args.device
+        saved = usable(path, read_last, self.run.say)
+        if saved and saved["step"] == self.step.index:
             try:
                 self.model.load_state_dict(saved["model"])
                 self.optimizer.load_state_dict(saved["optimizer"])
-            except (RuntimeError, ValueError):
+                torch.set_rng_state(saved["rng"])
+                if "cuda_rng" in saved and torch.cuda.is_available():  # dropout's
+                    torch.cuda.set_rng_state(saved["cuda_rng"], device)
+                self.window = [
+                    {name: loss.to(device) for name, loss in losses.items()}
+                    for losses in saved["window"]
+                ]
+            except (RuntimeError, ValueError, LookupError, TypeError, AttributeError):
                 raise InputError(f"{path}: of another network or optimiser than now") from None
-            torch.set_rng_state(saved["rng"])
-            if "cuda_rng" in saved and torch.cuda.is_available():  # dropout's
-                torch.cuda.set_rng_state(saved["cuda_rng"], self.run.args.device)
             self.iteration, self.seconds = saved["iteration"], saved["seconds"]
-            self.window = [
-                {name: loss.to(self.run.args.device) for name, loss in losses.items()}
-                for losses in saved["window"]
-            ]
             self.run.say(f"  goes on at iteration {self.iteration} of {self.total}")
         here = (self.step.index, self.iteration)
-        rows = csv.DictReader(table.read_text().splitlines()) if table.exists() else ()
+        rows = read_rows(self.run.folder / "train.csv", self.run.say)
         self.rows = [r for r in rows if (int(r["step"]), int(r["iteration"])) <= here]
 
     def add(self, losses: dict[str, Tensor]) -> None:
@@ -1401,7 +1374,7 @@ class Progress:
         if terminal and processes()[0] == 0:
             width = shutil.get_terminal_size().columns - 1
             text = tables.live_line(self.iteration / self.total, left, means)
-            print(f"{text[:width]}\033[K", end="\r", flush=True)
+            command.show(f"{text[:width]}\033[K", end="\r")
         if done or not terminal:
             place = f"step {self.step.index}, iteration {self.iteration}/{self.total}"
             later = run.data.steps[self.step.index + 1 :]
@@ -1423,7 +1396,7 @@ class Progress:
         write_text(run.folder / "train.csv", text)
         state = {"model": weights, "optimizer": self.optimizer.state_dict(), "window": self.window}
         state |= {"step": self.step.index, "iteration": self.iteration, "seconds": self.seconds}
-        state["rng"] = torch.get_rng_state()
+        state |= {"flags": vars(run.args), "data": run.data.identity, "rng": torch.get_rng_state()}
         if run.args.device != "cpu":
             state["cuda_rng"] = torch.cuda.get_rng_state(run.args.device)
         write_atomically(run.folder / "last.pt", lambda file: torch.save(state, file))
@@ -1691,6 +1664,12 @@ def resolve_device(device: str) -> str:
     return device
 
 
+def run_folder(args: argparse.Namespace) -> Path:
+    """Where the results of a run go. All parts of its name are checked flags or the script's."""
+    name = f"{args.method}-{args.dataset}-{args.task}-{args.setting}-s{args.seed}"
+    return Path(args.out) / ((args.name or name) + "-dry" * args.dry_run)
+
+
 def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
     """The command line; what was not typed is the data set's recipe, device, precision, workers."""
     try:
@@ -1733,26 +1712,17 @@ def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
 
 def launch(main: Callable, flags: argparse.ArgumentParser) -> None:
     """Runs a script. Bad input ends in a clear line and status 2, other trouble in one and 1."""
-    status, message = 0, ""
     number = int(os.environ.get("RANK", 0))  # torchrun sets it
     on_stop(leave)
-    try:
-        args = parse(flags)
+
+    def work(args: argparse.Namespace) -> None:
         init_distributed(args)
         main(args)
         if dist.is_initialized():
             dist.destroy_process_group()
-    except InputError as error:
-        # a worker process hands the message over inside a traceback
-        message, status = str(error).rsplit("InputError: ", 1)[-1].strip(), 2
-    except FloatingPointError as error:
-        message, status = str(error), 1
-    except OSError as error:
-        message, status = f"{error}; the same command goes on from what was saved before", 1
-    except KeyboardInterrupt as stop:
-        message = "stopped; the same command goes on from the last checkpoint" if not number else ""
-        status = 128 + (*stop.args, signal.SIGINT)[0]
-    if message:
-        which = f", process {number}" if number else ""
-        print(f"{Path(sys.argv[0]).name}{which}: {message}", file=sys.stderr)
-    sys.exit(status)
+
+    def saved(args: argparse.Namespace) -> bool:
+        return any(run_folder(args).glob("*.pt"))
+
+    name = Path(sys.argv[0]).name + f", process {number}" * bool(number)
+    sys.exit(command.run(name, lambda: parse(flags), work, saved))

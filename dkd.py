@@ -71,6 +71,7 @@ Differences between the paper (p), the authors' code (c) and this file:
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -243,14 +244,21 @@ def choose_memory(run: common.Run, step: common.Step, old_model: nn.Module) -> l
     Candidates are the memory so far and the images of the step before, each with what one random
     crop shows of it: its labels in that step and, if that was not step 0, the old model's
     predictions with p >= 0.9 on background. Each class in turn takes the first candidate, in a
-    random order, that shows it. The result is kept in memory_K.json: the next step needs it.
+    random order, that shows it. The result is kept in memory_K.json, by the pictures' names: the
+    next step needs it.
     """
     args, data = run.args, run.data
     file, earlier = (run.folder / f"memory_{k}.json" for k in (step.index, step.index - 1))
-    if file.exists():
-        return [i for i, _ in common.read_json(file)]
+    names = [common.sample_name(sample) for sample in data.train]
+    place = {name: i for i, name in enumerate(names)}
+
+    def read(path: Path) -> list[tuple[int, list[int]]]:
+        return common.read_json(path, lambda kept: [(place[name], ids) for name, ids in kept])
+
+    if (kept := common.usable(file, read, run.say)) is not None:
+        return [i for i, _ in kept]
     before = data.steps[step.index - 1]
-    candidates = common.read_json(earlier) if before.index else []
+    candidates = read(earlier) if before.index else []
     view, indices = data.training(before)
     shown = iter(indices)
     for images, labels in common.load_in_order(view, indices, args):
@@ -270,7 +278,7 @@ def choose_memory(run: common.Run, step: common.Step, old_model: nn.Module) -> l
                 chosen.append(candidates.pop(match))
         if len(chosen) == found:
             break  # no other candidate shows an old class
-    common.write_json(file, chosen)
+    common.write_json(file, [(names[i], ids) for i, ids in chosen])
     return [i for i, _ in chosen]
 
 

@@ -319,7 +319,7 @@ def importance(run: common.Run, step: common.Step, old_model: nn.Module) -> dict
     """
     args, data = run.args, run.data
     file, earlier = (run.folder / f"ewc_{k}.pt" for k in (step.index, step.index - 1))
-    if not file.exists():
+    if not common.usable(file, common.read_checkpoint, run.say):
         before = data.steps[step.index - 1]
         view = common.View(data.train, data.labels(before), args.crop)
         sums = {k: torch.zeros_like(p) for k, p in old_model.named_parameters()}
@@ -471,25 +471,30 @@ def accumulate(sums: dict, key: object, value: Tensor) -> None:
 
 def open_pair(folder: str, args: argparse.Namespace) -> Pair:
     """A run of any of the five scripts, in float32 on this call's device."""
+    file = Path(folder) / "config.json"
     try:
-        flags = json.loads((Path(folder) / "config.json").read_text())["flags"]
-    except (OSError, ValueError, LookupError, TypeError):
+        config = common.read_config(file)
+    except common.InputError:
         raise common.InputError(
             f"--analyse {folder}: no run there (its config.json cannot be read); expected a folder "
             "such as runs/mib_unbiased-shapes-15-1-overlapped-s0"
         ) from None
-    if flags["dry_run"]:
+    used = config["flags"]
+    if used["dry_run"]:
         raise common.InputError(f"--analyse {folder}: a dry run")
-    flags = vars(args) | flags | {"device": args.device, "precision": "fp32", "compile": False}
+    flags = vars(args) | used | {"device": args.device, "precision": "fp32", "compile": False}
     if args.data != str(common.HERE / "data"):
         flags["data"] = args.data
     flags, models = argparse.Namespace(**flags), {}
-    data = common.Data(flags)
+    data = common.Data(flags, config["data"]["classes"][1:])
+    common.refuse_other(file, config, used, data.identity)
     for step in data.steps:
         path = Path(folder) / f"step_{step.index}.pt"
         if path.exists():
+            saved = common.read_checkpoint(path)
+            common.refuse_other(path, saved, used, data.identity)
             model = common.build_model(flags, [len(s.new) for s in data.steps[: step.index + 1]])
-            common.load_weights(model, common.read_checkpoint(path, "file"), path)
+            common.load_weights(model, saved, path)
             models[step.index] = model.eval().requires_grad_(False)
     if len(models) < 2 or 0 not in models:
         raise common.InputError(

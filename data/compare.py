@@ -12,7 +12,6 @@ on stderr, and the exit status is then 2.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -23,6 +22,8 @@ import torch
 
 import common
 from common import InputError
+from data import command
+from data.folder import read_config, read_results
 from data.predict import method_script
 from data.tables import averaging_convention, best_published
 
@@ -34,7 +35,11 @@ UNLISTED |= {"warmup", "name"}
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = flags().parse_args(argv)
+    return command.run("compare", lambda: flags().parse_args(argv), compare)
+
+
+def compare(args: argparse.Namespace) -> int:
+    """The table, then the curves, then what is no run. Exit status."""
     runs, left_out, errors = {}, [], []
     for given in args.runs:
         try:
@@ -83,14 +88,12 @@ def read_run(given: str) -> dict:
     name, folder = given.split("=", 1) if named else ("", given)
     file = Path(folder) / "metrics.json"
     try:
-        config = json.loads(file.with_name("config.json").read_text())
-        steps, used = [], config["flags"]
-        if file.exists():
-            steps = json.loads(file.read_text())["steps"]
+        config = read_config(file.with_name("config.json"))
+        steps, used = read_results(file) if file.exists() else [], config["flags"]
         script = method_script(used["method"])
         recipe = vars(script.flags().parse_args([])) | {"dataset": used["dataset"]}
         common.fill_in(recipe)
-        of = len(common.task_steps(used["task"], len(config["classes"]) - 1))
+        of = len(common.task_steps(used["task"], len(config["data"]["classes"]) - 1))
         if used["dry_run"]:
             raise NoResult(f"{folder}: a dry run")
         if len(steps) < of:
@@ -233,7 +236,7 @@ def draw_curves(rows: Sequence[dict], file: str) -> None:
     handles, names = axes.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside right center", frameon=False)
     try:
-        figure.savefig(file, dpi=110)
+        figure.savefig(file, dpi=110, format=Path(file).suffix[1:] or "png")
     except (OSError, ValueError) as error:
         raise InputError(f"--curves {file}: cannot be written ({error})") from None
 

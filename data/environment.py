@@ -14,7 +14,7 @@ def environment(device: str) -> dict[str, str | int | bool]:
     """For config.json; what PyTorch computes with on this device."""
     found = {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "torchvision": torchvision.__version__,
     }
     if not device.startswith("cuda"):

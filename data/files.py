@@ -5,12 +5,15 @@ It imports nothing of ours but the drawn pictures. Files are read as data, and n
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import functools
 import hashlib
 import json
 import os
 import re
+import stat
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +36,7 @@ class InputError(ValueError):
 
 
 class CorruptFile(InputError):
-    """A checkpoint that can be opened, but holds something else than tensors and plain values."""
+    """A checkpoint or a JSON file that can be opened, but holds something else than it should."""
 
 
 # --------------------------------------------------------------------------------- text and tables
@@ -48,7 +51,7 @@ def read_table(name: str) -> list[dict[str, str]]:
 def read_lines(path: str | Path, what: str) -> list[str]:
     """The lines of a text file, stripped, without empty ones."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{what} {path}: cannot be read as text ({error})") from None
     return [line.strip() for line in lines if line.strip()]
@@ -60,6 +63,8 @@ def read_lines(path: str | Path, what: str) -> list[str]:
 def open_image(path: Path, what: str) -> Image.Image:
     """InputError: there is no such file, or it is not a picture."""
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ValueError("no regular file")  # to read from a device might never end
         with open(path, "rb") as file:
             image = Image.open(file)
             image.load()
@@ -119,42 +124,67 @@ def msrc_ids(mask: Image.Image) -> np.ndarray:
     return msrc_colours()[red << 16 | green << 8 | blue]
 
 
-def classes_in_image(masks: Sequence[Path | int], classes: int) -> list[list[int]]:
-    """The ids in each mask, without background and void.
+def classes_in_image(samples: Sequence[tuple], classes: int) -> list[list[int]]:
+    """The ids in the mask of each sample (picture, mask), without background and void.
 
     The masks of a folder are read once and the result is kept in the user's cache. A mask whose
     time or size has changed is read again.
+
+    InputError: an unreadable mask, one of another size than its picture, or with unknown ids
     """
-
-    def read(mask: Path | int) -> list[int]:
-        return [i for i, n in enumerate(read_mask(mask).histogram()[:IGNORE]) if n and i]
-
-    if isinstance(masks[0], int):
-        return list(map(read, masks))
-    folder = masks[0].parent.resolve()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ciss"
-    cache /= f"classes-{hashlib.sha256(str(folder).encode()).hexdigest()[:16]}.json"
+    if not samples or isinstance(samples[0][1], int):
+        return [ids_in_mask(*sample) for sample in samples]
+    folder = samples[0][1].parent.resolve()
     there = os.scandir(folder) if folder.is_dir() else ()
     stamps = {f.name: [f.stat().st_mtime_ns, f.stat().st_size] for f in there}
-    try:
-        known = json.loads(cache.read_text())
-        known = {name: entry for name, entry in known.items() if entry[0] == stamps.get(name)}
-    except (OSError, ValueError, AttributeError, LookupError, TypeError):
-        known = {}  # none yet, or not ours
-    if unknown := sorted({mask for mask in masks if mask.name not in known}):
+    cache, known = cache_of(folder), {}
+    with contextlib.suppress(InputError):  # none yet, or damaged
+        known = read_json(cache, lambda content: current_entries(content, stamps))
+    unknown = {mask: picture for picture, mask in samples if mask.name not in known}
+    if unknown:
         print(f"reading {len(unknown)} masks in {folder}, once", flush=True)
         with ThreadPoolExecutor() as pool:
-            for mask, ids in zip(unknown, pool.map(read, unknown), strict=True):
+            found = pool.map(ids_in_mask, unknown.values(), unknown)
+            for mask, ids in zip(unknown, found, strict=True):
                 known[mask.name] = [stamps.get(mask.name), ids]
-        try:
+        with contextlib.suppress(OSError):  # nowhere to keep it: the next run reads them again
             cache.parent.mkdir(parents=True, exist_ok=True)
             write_json(cache, known)
-        except OSError:
-            pass  # nowhere to keep it: the next run reads the masks again
-    for mask in masks:
+    for _, mask in samples:
         if (ids := known[mask.name][1]) and ids[-1] > classes:
             raise InputError(f"{mask}: class number {ids[-1]}, but there are only {classes}")
-    return [known[mask.name][1] for mask in masks]
+    return [known[mask.name][1] for _, mask in samples]
+
+
+def ids_in_mask(picture: Path | int, mask: Path | int) -> list[int]:
+    """The ids in one mask. InputError where its picture has another size."""
+    labels = read_mask(mask)
+    if not isinstance(picture, int) and picture.is_file():
+        with contextlib.suppress(OSError), Image.open(picture) as opened:  # the header alone
+            refuse_mask_size(mask, labels, opened)
+    return [i for i, n in enumerate(labels.histogram()[:IGNORE]) if n and i]
+
+
+def refuse_mask_size(path: Path, mask: Image.Image, picture: Image.Image) -> None:
+    """InputError where a mask and its picture differ in size."""
+    if picture.size != mask.size:
+        raise InputError(f"{path}: {mask.size} pixels, its picture has {picture.size}")
+
+
+def cache_of(folder: Path) -> Path:
+    """Where what was found in a folder's masks is kept."""
+    name = f"classes-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}.json"
+    home = os.path.expanduser("~")  # as it is where no home directory can be found
+    base = os.environ.get("XDG_CACHE_HOME") or (home != "~" and Path(home) / ".cache")
+    return Path(base or tempfile.gettempdir()) / "ciss" / name
+
+
+def current_entries(content: dict, stamps: dict) -> dict:
+    """Of a cache those whose mask has not changed. TypeError and others: it has another form."""
+    for _, ids in content.values():
+        if not all(isinstance(i, int) and 0 < i < IGNORE for i in ids):
+            raise TypeError("ids")
+    return {name: entry for name, entry in content.items() if entry[0] == stamps.get(name)}
 
 
 # ------------------------------------------------------------- JSON, checkpoints, downloads
@@ -162,7 +192,7 @@ def classes_in_image(masks: Sequence[Path | int], classes: int) -> list[list[int
 
 def write_atomically(path: Path, write: Callable) -> None:
     """Writes beside the file, then renames: at any moment the old file or the new one is there."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with open(beside, "wb") as file:
             write(file)
@@ -184,28 +214,37 @@ def write_json(path: Path, content: object) -> None:
     write_text(path, json.dumps(content, indent=1))
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, parse: Callable) -> object:
+    """What `parse` makes of a JSON file. CorruptFile: it is none, or has not the form expected."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); give another --out DIR") from None
+        return parse(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+        raise CorruptFile(f"{path}: not such a file as a run writes ({reason})") from None
 
 
-def read_checkpoint(path: str | Path, what: str) -> dict:
-    """Tensors and plain values; a file that holds anything else is refused, no code in it runs."""
+def read_checkpoint(path: str | Path, what: str = "file", whole: bool = True) -> dict:
+    """Tensors and plain values; a file that holds anything else is refused, no code in it runs.
+
+    whole       False: for a look at the plain values; the tensors are not read until they are used
+    """
     try:
-        if zipfile.is_zipfile(path) and (bad := zipfile.ZipFile(path).testzip()):
-            raise ValueError(f"wrong checksum of {bad}")  # torch does not look at them
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        if whole and zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("wrong checksum")  # torch does not look at them
+        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=not whole)
         return dict(saved.items())
     except FileNotFoundError:
         raise InputError(f"{what} {path}: no such file") from None
     except OSError as error:
         raise InputError(f"{what} {path}: cannot be read ({error})") from None
-    except Exception as error:  # damage can surface as anything
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+    except Exception:  # damage can surface as anything; torch would advise to run what is in it
+        reason = "it holds other things, or is damaged"
+        if not zipfile.is_zipfile(path):
+            reason = "torch.save has not written it, or it is cut short"
         raise CorruptFile(
-            f"{what} {path}: not a file of tensors and plain values ({reason})"
+            f"{what} {path}: not a file of tensors and plain values: {reason}"
         ) from None
 
 
@@ -266,6 +305,9 @@ def load_trunk(model: nn.Module, backbone: str, weights: str) -> str:
         state = imagenet_weights(backbone, weights)
     else:
         state = read_checkpoint(weights, "--weights")
+    if isinstance(state.get("state_dict"), dict):  # as training programs save it
+        state = state["state_dict"]
+    state = {name.removeprefix("module."): value for name, value in state.items()}
     target = model.trunk.state_dict()
     fits = {
         k: state[k] for k, v in target.items() if getattr(state.get(k), "shape", None) == v.shape
@@ -274,15 +316,23 @@ def load_trunk(model: nn.Module, backbone: str, weights: str) -> str:
     if wrong or not fits:
         reason = f"{wrong[0]} has another shape" if wrong else "none of its names is the trunk's"
         raise InputError(f"--weights {weights}: not weights of {backbone} ({reason})")
+    refuse_nan(fits, f"--weights {weights}")
     model.trunk.load_state_dict(fits, strict=False)
     missing = [k for k in target if k not in fits and not k.endswith("num_batches_tracked")]
     return f"{len(fits)} tensors from {weights}; random stay: {', '.join(missing) or 'none'}"
 
 
+def refuse_nan(state: dict, where: str) -> None:
+    """InputError where weights from a file are not finite."""
+    if wrong := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise InputError(f"{where}: {wrong[0]} is not finite (NaN or infinity)")
+
+
 def load_weights(model: nn.Module, saved: dict, path: str | Path) -> None:
     """A checkpoint's weights; those of modules that `model` does not have are left out."""
     try:
-        state = saved["model"]
-        model.load_state_dict({k: state[k] for k in model.state_dict()})
+        state = {k: saved["model"][k] for k in model.state_dict()}
+        model.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError):
         raise InputError(f"{path}: weights of another network than these flags give") from None
+    refuse_nan(state, str(path))

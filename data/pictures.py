@@ -6,6 +6,7 @@ import bisect
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -168,6 +169,17 @@ def prediction_sheet(
         for picture, *maps in zip(*columns.values(), strict=True)
     ]
     return sheet(rows, [*columns], entries(shown, marked, colours))
+
+
+def read_strip(file: Path, count: int) -> list[np.ndarray]:
+    """`count` square class maps of a file. Empty: there is no such file, or another one."""
+    try:
+        with Image.open(file) as opened:
+            strip = np.array(opened)
+    except (OSError, SyntaxError, ValueError):  # all that Pillow raises for damage
+        return []
+    height, width = strip.shape[:2]
+    return np.hsplit(strip, count) if strip.ndim == 2 and width == count * height else []
 
 
 def draw_confusion(confusion: np.ndarray, names: Sequence[str], base: int) -> Image.Image:

@@ -27,7 +27,8 @@ from torch import nn
 
 import common
 from common import HERE, InputError
-from data import pictures
+from data import command, pictures
+from data.folder import read_config, refuse_other
 from data.tables import iou_table, results_table, summary
 
 
@@ -36,15 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)  # flags may stand between the pictures
     if args.eval == bool(args.pictures):
         parser.error("expected pictures or folders to segment, or --eval")
-    try:
-        args.device = common.resolve_device(args.device)
-        (evaluate_again if args.eval else segment_pictures)(args)
-    except (InputError, OSError) as error:
-        # a worker process hands the message over inside a traceback
-        message = str(error).rsplit("InputError: ", 1)[-1].strip()
-        print(f"predict: {message}", file=sys.stderr)
-        return 2
-    return 0
+    return command.run("predict", lambda: args, evaluate_again if args.eval else segment_pictures)
 
 
 def step_files(run: Path, only: int | None = None) -> list[Path]:
@@ -85,7 +78,8 @@ def prediction_rule(saved: dict) -> Callable:
 
 def load(path: str | Path, device: str, data: str | None = None) -> tuple:
     """The model of a step_K.pt, on this device; the file's content; its flags, with this `data`."""
-    saved = common.read_checkpoint(path, "file")
+    common.resolve_device(device)
+    saved = common.read_checkpoint(path)
     try:
         settings = argparse.Namespace(**saved["flags"])
         if device == "cpu" and settings.device != "cpu":
@@ -106,14 +100,19 @@ def class_names(saved: dict) -> list[str]:
 
 def evaluate_again(args: argparse.Namespace) -> None:
     """--eval: prints the table of all steps, or of --step; writes nothing."""
-    data, results = None, []
+    data, first, results = None, None, []
     for path in step_files(Path(args.run), args.step):
         model, saved, settings = load(path, args.device, args.data)
-        index = saved["step"]
-        data = data or common.Data(settings)
+        index, first = saved["step"], first or saved["flags"]
+        known, config = saved.get("data"), path.with_name("config.json")
+        if not known and config.exists():  # older checkpoints do not say which data they are of
+            known = read_config(config)["data"]
+        data = data or common.Data(settings, (known or {}).get("classes", ())[1:])
         names = class_names(saved)
         if names != data.names[: len(names)]:
             raise InputError(f"{path}: learned other classes than those in {data.where}")
+        here = {k: v for k, v in data.identity.items() if k != "training_images"}
+        refuse_other(path, saved, first, here)
         rule, published = prediction_rule(saved), saved.get("published", "")
         results.append(common.evaluate(model, rule, data, data.steps[index]))
         print(f"step {index}: {summary(results[-1])}\n{iou_table(results[-1])}", flush=True)

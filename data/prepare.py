@@ -27,7 +27,7 @@ import torchvision
 
 import common
 from common import IGNORE, InputError
-from data import files
+from data import command, files
 
 ADE = "http://data.csail.mit.edu/places/ADEchallenge/ADEChallengeData2016.zip"
 ADE_SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"  # as many public scripts have it
@@ -38,17 +38,17 @@ STRANGE_COLOURS = "colours of no class, taken as void"  # in MSRC-v2: a note, no
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = flags().parse_args(argv)
-    try:
-        if args.download and args.dataset not in DOWNLOADS:
-            print(common.how_to_get(args.dataset), end="")
-            return 0
-        if args.download:
-            download(args.dataset, Path(args.data))
-        return check(args)
-    except (InputError, OSError) as error:
-        print(f"prepare: {error}", file=sys.stderr)
-        return 2
+    return command.run("prepare", lambda: flags().parse_args(argv), prepare)
+
+
+def prepare(args: argparse.Namespace) -> int:
+    """--download, then the check."""
+    if args.download and args.dataset not in DOWNLOADS:
+        print(common.how_to_get(args.dataset), end="")
+        return 0
+    if args.download:
+        download(args.dataset, Path(args.data))
+    return check(args)
 
 
 def check(args: argparse.Namespace) -> int:
@@ -63,30 +63,33 @@ def check(args: argparse.Namespace) -> int:
     source = common.list_samples(args.dataset, args.data, args.held_out)
     print(f"{source.where}: {len(source.train)} training and {len(source.test)} test images")
 
-    problems = find_problems([*source.train, *source.test], len(order))
+    problems, faulty = find_problems([*source.train, *source.test], len(order))
     for kind, named in problems.items():
         level = "note" if kind == STRANGE_COLOURS else "error"
         print(f"  {level}: {kind}: {len(named)}, such as {', '.join(named[:2])}")
     errors = sum(len(named) for kind, named in problems.items() if kind != STRANGE_COLOURS)
-    try:
-        count_images(args, source, order, names)
-    except InputError as error:
-        print(f"  the images of the steps cannot be counted: {error}")
-        errors = max(errors, 1)
+    if faulty:
+        print(f"  left out of what follows: {len(faulty)} images")
+    train, test = ([s for s in part if s not in faulty] for part in source[:2])
+    count_images(args, common.Source(train, test, source.where), order, names)
     print(f"{errors} errors")
     return 1 if errors else 0
 
 
-def find_problems(samples: Sequence[tuple], classes: int) -> dict[str, list[str]]:
-    """Kind of problem -> files (or messages that name the file), over all samples."""
+def find_problems(samples: Sequence[tuple], classes: int) -> tuple[dict[str, list[str]], set]:
+    """Kind of problem -> files (or messages that name the file); samples that cannot be used."""
     problems: dict[str, list[str]] = defaultdict(list)
+    faulty = set()
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda sample: check_sample(*sample, classes), samples)
-        for kind, file in filter(None, found):
-            problems[kind].append(file)
+        for sample, problem in zip(samples, found, strict=True):
+            if problem:
+                kind, file = problem
+                problems[kind].append(file)
+                faulty |= {sample} if kind != STRANGE_COLOURS else set()
     if repeated := [str(mask) for (_, mask), count in Counter(samples).items() if count > 1]:
         problems["listed more than once"] = repeated
-    return problems
+    return problems, faulty
 
 
 def check_sample(picture: Path | int, mask: Path | int, classes: int) -> tuple[str, str] | None:
@@ -121,7 +124,7 @@ def count_images(
     """
 
     def class_ids(samples: Sequence[tuple]) -> list[list[int]]:
-        found = common.classes_in_image([mask for _, mask in samples], len(order))
+        found = common.classes_in_image(samples, len(order))
         return [[order.index(raw) + 1 for raw in ids] for ids in found]
 
     train, test = class_ids(source.train), class_ids(source.test)

@@ -328,7 +328,7 @@ def train(method: str, flags: str, layout: torch.memory_format, classes: int, ar
         mock.patch.multiple(
             common,
             list_samples=list_samples,
-            classes_in_image=lambda masks, _: [[*range(1, classes)]] * len(masks),
+            classes_in_image=lambda samples, _: [[*range(1, classes)]] * len(samples),
             load_batches=load_batches,
             build_model=lambda *given: build(*given).to(memory_format=layout),
         ),

@@ -104,8 +104,13 @@ def test_bad_masks_are_named(tmp_path):
         ("none", "no such mask"),
     ):
         with pytest.raises(InputError, match=message) as error:
-            files.classes_in_image([tmp_path / f"{name}.png"], 20)
+            files.classes_in_image([(tmp_path / f"{name}.png",) * 2], 20)
         assert f"{name}.png" in str(error.value)
+
+
+def classes_in(masks):
+    """The masks stand for their pictures, too."""
+    return files.classes_in_image([(mask, mask) for mask in masks], 20)
 
 
 def test_classes_in_images_notice_changed_added_and_removed_files(tmp_path, monkeypatch):
@@ -114,16 +119,20 @@ def test_classes_in_images_notice_changed_added_and_removed_files(tmp_path, monk
     read = []
     original = files.read_mask
     monkeypatch.setattr(files, "read_mask", lambda p: (read.append(p.name), original(p))[1])
-    assert files.classes_in_image(masks, 20) == [[1], [2]]
-    assert files.classes_in_image(masks, 20) == [[1], [2]] and len(read) == 2
+    assert classes_in(masks) == [[1], [2]]
+    assert classes_in(masks) == [[1], [2]] and len(read) == 2
     trees.write(masks[0], trees.mask([4, 5]))
     os.utime(masks[0], ns=(1, 1))
-    assert files.classes_in_image(masks, 20) == [[4, 5], [2]] and read[2:] == ["a0.png"]
+    assert classes_in(masks) == [[4, 5], [2]] and read[2:] == ["a0.png"]
     trees.write(base / "SegmentationClassAug/a2.png", trees.mask([7]))
     masks.append(base / "SegmentationClassAug/a2.png")
-    assert files.classes_in_image(masks, 20) == [[4, 5], [2], [7]] and read[3:] == ["a2.png"]
+    assert classes_in(masks) == [
+        [4, 5],
+        [2],
+        [7],
+    ] and read[3:] == ["a2.png"]
     masks.pop(0).unlink()
-    assert files.classes_in_image(masks, 20) == [[2], [7]] and len(read) == 4
+    assert classes_in(masks) == [[2], [7]] and len(read) == 4
 
 
 def test_classes_in_images_without_a_place_for_the_cache_or_with_a_broken_one(
@@ -133,13 +142,13 @@ def test_classes_in_images_without_a_place_for_the_cache_or_with_a_broken_one(
     masks = sorted((base / "SegmentationClassAug").glob("a*.png"))
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert files.classes_in_image(masks, 20) == [[1], [2]]
+    assert classes_in(masks) == [[1], [2]]
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    assert files.classes_in_image(masks, 20) == [[1], [2]]
+    assert classes_in(masks) == [[1], [2]]
     (cache,) = (tmp_path / "other/ciss").glob("*.json")
     for damage in ("", "[]", '{"a0.png": 3}', '{"a0.png": []}'):
         cache.write_text(damage)
-        assert files.classes_in_image(masks, 20) == [[1], [2]]
+        assert classes_in(masks) == [[1], [2]]
     assert json.loads(cache.read_text())["a0.png"][1] == [1]
 
 
@@ -181,14 +190,14 @@ def test_voc_lists(tmp_path):
 def test_ade_and_msrc(tmp_path):
     trees.ade(tmp_path)
     source = common.list_samples("ade", str(tmp_path))
-    assert files.classes_in_image([s[1] for s in source.train], 150) == [[1], [2, 150]]
+    assert files.classes_in_image(source.train, 150) == [[1], [2, 150]]
     for ending in ("bmp", "jpg"):
         root = tmp_path / ending
         trees.msrc(root, ending)
         source = common.list_samples("msrc", str(root))
         assert len(source.train) == 4 and len(source.test) == 1
         assert all(picture.exists() for picture, _ in source.train)
-        sets = files.classes_in_image([s[1] for s in source.train], 21)
+        sets = files.classes_in_image(source.train, 21)
         assert sets == [[*range(1, 21)]] * 2 + [[1, 21]] * 2
         found = np.unique(np.asarray(files.read_mask(source.train[2][1])))
         assert found.tolist() == [1, 21, 255]  # black and horse are void
@@ -198,7 +207,7 @@ def test_own_pictures(tmp_path):
     trees.own(tmp_path, [[1], [2, 3]], [[3]], ["cat", "dog", "", "horse"])
     source = common.list_samples("folder", str(tmp_path))
     assert [s[0].name for s in source.train] == ["train0.jpg", "train1.png"]
-    assert files.classes_in_image([s[1] for s in source.train], 3) == [[1], [2, 3]]
+    assert files.classes_in_image(source.train, 3) == [[1], [2, 3]]
     assert [s[1].name for s in source.test] == ["test0.png"]
     names, colours = common.class_table("folder", str(tmp_path))
     assert names == ["background", "cat", "dog", "horse"] and len({*colours}) == 4
@@ -224,7 +233,7 @@ def test_a_missing_data_set_is_explained(tmp_path):
 
 
 def test_shapes_hold_old_new_and_future_classes_together():
-    sets = files.classes_in_image([*range(shapes.TRAIN)], 20)
+    sets = files.classes_in_image([(i, i) for i in range(shapes.TRAIN)], 20)
     assert {c for ids in sets for c in ids} == {*range(1, 21)}
     assert all(1 <= len(ids) <= 4 for ids in sets)
     images = Counter(c for ids in sets for c in ids)
@@ -239,9 +248,7 @@ def voc_sets(tmp_path_factory):
     source = common.list_samples("voc", str(Path(os.environ["CISS_DATA"]) / "voc-masks"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        return [
-            files.classes_in_image([s[1] for s in part], 20) for part in (source.train, source.test)
-        ]
+        return [files.classes_in_image(part, 20) for part in (source.train, source.test)]
 
 
 @pytest.mark.skipif("CISS_DATA" not in os.environ, reason="needs real data in $CISS_DATA")
@@ -264,10 +271,10 @@ def test_image_counts_of_voc_equal_the_published_lists(voc_sets, task, setting):
 def test_real_msrc_and_ade():
     source = common.list_samples("msrc", str(Path(os.environ["CISS_DATA"]) / "msrc"))
     assert len(source.train) == 335 and len(source.test) == 256
-    sets = files.classes_in_image([s[1] for s in source.train], 21)
+    sets = files.classes_in_image(source.train, 21)
     assert {c for ids in sets for c in ids} == {*range(1, 22)}
     source = common.list_samples("ade", str(Path(os.environ["CISS_DATA"]) / "ade"))
-    assert all(files.classes_in_image([s[1] for s in source.test], 150))
+    assert all(files.classes_in_image(source.test, 150))
 
 
 # data: which images, which labels
@@ -420,7 +427,7 @@ def test_data_of_a_task(few_shapes, tmp_path):
     assert data.names == [names[0], *names[:0:-1]] and data.colours[1] == colours[20]
     assert data.steps == common.task_steps("15-5", 20)
     assert (data.where, len(data.train), len(data.test)) == ("drawn", 80, 20)
-    raw = files.classes_in_image([*range(80)], 20)
+    raw = files.classes_in_image([(i, i) for i in range(80)], 20)
     assert data.classes == [[21 - c for c in ids] for ids in raw]
     step = data.steps[1]
     assert data.images[1] == [i for i, ids in enumerate(raw) if min(ids) <= 5]

@@ -28,10 +28,13 @@ def finished(folder, script, flags, iou, published="", steps=6, **changes):
     config = {"flags": used, "versions": {"torch": "2.9.9", "device": "a card"}}
     config |= {"published": published, "classes": names}
     step = {"test_images": 7, "timing": {"minutes": 1.5}}
+    step |= {"with_background": {}, "without_background": {}}
     step["iou"] = {name: 0.0 if name == "background" else iou for name in names}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "metrics.json").write_text(json.dumps({"steps": [step] * steps}))
+    (folder / "metrics.json").write_text(
+        json.dumps({"steps": [step | {"step": k} for k in range(steps)]})
+    )
     os.utime(folder / "metrics.json", (86400, 86400))
     return str(folder)
 

@@ -475,7 +475,9 @@ def pair(few_shapes, tmp_path):
             nn.init.zeros_(classifier.weight)
             nn.init.constant_(classifier.bias, -100)
         torch.save({"model": model.state_dict()}, run.folder / f"step_{step.index}.pt")
-    (run.folder / "config.json").write_text(json.dumps({"flags": vars(args)}))
+    (run.folder / "config.json").write_text(
+        json.dumps({"flags": vars(args), "classes": run.data.names})
+    )
     return mib.open_pair(run.folder, args)
 
 
@@ -581,7 +583,7 @@ def test_the_analysis_of_a_run(start, method):
 
 def test_what_cannot_be_analysed_says_so(start):
     Path("dry").mkdir()
-    Path("dry/config.json").write_text('{"flags": {"dry_run": true}}')
+    Path("dry/config.json").write_text('{"flags": {"dry_run": true}, "classes": []}')
     for folder, reason in (("nowhere", "no run there"), ("dry", "a dry run")):
         status, _, err = start(f"--analyse {folder}", method="mib_unbiased")
         assert status == 2 and f"--analyse {folder}: {reason}" in err

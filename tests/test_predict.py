@@ -98,7 +98,7 @@ def test_data_with_other_classes_are_refused(run, command, tmp_path):
     (data / "classes.txt").write_text("cat\ncow\nhorse\n")
     status, _, err = command(run, "--eval", "--data", data)
     assert status == 2 and len(err.splitlines()) == 1
-    assert "step_0.pt: learned other classes than those in" in err
+    assert "the run's classes: no class is called 'dog'" in err
 
 
 @slow

@@ -253,11 +253,11 @@ def test_memory_is_balanced_and_trained_on(start):
     assert start(TINY + " --task 18-1 --memory 18")[0] == 0
     folder = Path("runs/dkd-voc-18-1-overlapped-s0")
     first, second = (json.loads((folder / f"memory_{k}.json").read_text()) for k in (1, 2))
-    assert len(first) == len(second) == len({i for i, _ in first}) == 18
-    seen = {i: {c for c in ids if c in range(1, 19)} for i, ids in first}
+    assert len(first) == len(second) == len({name for name, _ in first}) == 18
+    seen = {name: {c for c in ids if c in range(1, 19)} for name, ids in first}
     assert {c for ids in seen.values() for c in ids} == {*range(1, 19)}
-    for i, ids in seen.items():
-        assert ids <= {*CLASSES[i]}
+    for name, ids in seen.items():
+        assert ids <= {*CLASSES[int(name.strip("a.jpg"))]}
     shown = [i for i, ids in enumerate(CLASSES) if 19 in ids]
     assert f"{len(shown) + 18} images" in (folder / "log.txt").read_text()
 
