@@ -133,6 +133,8 @@ def count_images(
         if missing := common.classes_without_images(images, train, step):
             absent = ", ".join(names[order[c - 1]] for c in missing)
             print(f"  note: {args.task} cannot be run: step {step.index} has no image of {absent}")
+        if not common.test_images(test, step):
+            print(f"  note: no test image for step {step.index} of {args.task}: its mIoU is -")
     chosen = args.task, args.setting
     lists: dict[tuple[str, str], dict[int, dict]] = {chosen: {}}  # the rows of their steps
     if not args.class_order and not args.held_out:  # else the published lists are of other images

@@ -280,7 +280,8 @@ FAULTS = [
     ("pets/test/masks/test0.png", fifo, f"{TRAIN} --out new", 2, "test0.png: .*no regular file"),
     ("photo.jpg", fifo, PHOTO, 2, "photo.jpg: .*no regular file"),
     ("photo.jpg", device, PHOTO, 2, "photo.jpg: .*no regular file"),
-    ("pets/test/images", only("test1.*"), f"{TRAIN} --dry-run", 0, r"all 0-1 +- +\d"),
+    ("pets/test/images", only("test0.*"), f"{TRAIN} --dry-run", 0, r"all 0-3 +- +\d"),
+    ("pets/test/images", only("test0.*"), PREPARE, 0, "note: no test image for step 0"),
     # prepare counts what can be used, and says what cannot
     *(
         (f"pets/train/{file}", damage, PREPARE, 1, r"(?s)unreadable: 1.*train  6 3 4\n.*1 errors")
