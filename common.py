@@ -619,7 +619,10 @@ class DeepLabV3(nn.Module):
                     others: MiB, PLOP, UCD; without it by half: torchvision, DKD
     bf16            runs the network under autocast; the logits are float32 all the same
     classifiers     1x1 convolutions: [0] background, one channel; [1] the first step's classes; ...
+    compiled        of all models: the trunk goes through torch.compile, which Run.batches turns on
     """
+
+    compiled = False
 
     def __init__(
         self,
@@ -689,7 +692,8 @@ class DeepLabV3(nn.Module):
                     "head" [B, D, h, w], which the classifiers read
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            after, before = self.stages(images)
+            stages = compiled_stages() if self.compiled else DeepLabV3.stages
+            after, before = stages(self, images)
             branches = [branch(after[-1]) for branch in self.aspp.convs]
             head = self.head(self.aspp.project(torch.cat(branches, 1)))
             logits = torch.cat([classifier(head) for classifier in self.classifiers], 1)
@@ -701,6 +705,12 @@ class DeepLabV3(nn.Module):
         return torch.cat([classifier.weight.flatten(1) for classifier in self.classifiers])
 
 
+@functools.cache
+def compiled_stages() -> Callable:
+    """DeepLabV3.stages with torch.compile. The trunk never grows: all models share its graphs."""
+    return torch.compile(DeepLabV3.stages, dynamic=False)
+
+
 def build_model(args: argparse.Namespace, classes: Sequence[int]) -> DeepLabV3:
     """The network of some flags with random weights, on their device; classes: new in each step."""
     first = getattr(args, "dilate_first", False)  # older runs have no such flag
@@ -709,8 +719,6 @@ def build_model(args: argparse.Namespace, classes: Sequence[int]) -> DeepLabV3:
     for module in model.trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = args.bn_momentum
-    if args.compile:  # the trunk alone: it never grows
-        model.stages = torch.compile(model.stages)
     return model.to(args.device, memory_format=torch.channels_last)
 
 
@@ -871,8 +879,7 @@ class DenseLoss(torch.autograd.Function):
                 if part.requires_grad:
                     refuse_other_gradients(part, leaves)
                     part.sum().backward(inputs=leaves)  # of this strip; its maps are freed
-        gradients = [torch.zeros_like(x) if x.grad is None else x.grad for x in leaves]
-        ctx.save_for_backward(*gradients)
+        ctx.save_for_backward(*(torch.zeros_like(x) if x.grad is None else x.grad for x in leaves))
         return total
 
     @staticmethod
@@ -1063,10 +1070,11 @@ class Run:
             load_weights(model, {"model": model.state_dict() | own}, path)
         if processes()[1] == 1:
             return model
-        if self.args.device != "cpu":
-            nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        cuda = self.args.device != "cpu"
+        if cuda:
+            nn.SyncBatchNorm.convert_sync_batchnorm(model)  # all have the same statistics
         warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 kernels
-        return nn.parallel.DistributedDataParallel(model)
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=not cuda)
 
     # the loop
 
@@ -1094,9 +1102,9 @@ class Run:
         args, (rank, world) = self.args, processes()
         view, indices = self.data.training(step, labels, memory)
         images = min(args.batch, len(indices)) // world  # in each process
-        if images == 1:
-            # the pooling branch has one value per image and channel: one image has no variance
-            model.aspp.convs[-1][2].eval()
+        pooled = model.aspp.convs[-1][2]  # has one value per image and channel
+        if images * (world if isinstance(pooled, nn.SyncBatchNorm) else 1) == 1:
+            pooled.eval()  # one value has no variance
         refuse_parameters_outside(optimizer, model)
         self.timing = {}
         progress = Progress(self, step, model, optimizer, len(indices))
@@ -1108,6 +1116,7 @@ class Run:
         keys = (batch[: images * world][rank::world] for batch in keys)
         requests: list[int] = []  # signals; several processes would stop at different iterations
         on_stop(functools.partial(request_stop, requests) if world == 1 else signal.SIG_DFL)
+        DeepLabV3.compiled = args.compile  # for these batches, which all have one shape
         try:
             for batch in load_batches(view, keys, args):
                 yield batch
@@ -1119,6 +1128,7 @@ class Run:
                 if requests:
                     progress.stop(requests[0])
         finally:
+            DeepLabV3.compiled = False
             on_stop(leave if world == 1 else signal.SIG_DFL)
         if requests:
             leave(requests[0])
@@ -1305,6 +1315,8 @@ class Progress:
         last = data.steps[-1].index
         run.say(f"step {step.index} of 0-{last}: learns {new} from {images} images")
         self.resume()
+        if broadcast(self.iteration, run.args.device) != self.iteration:
+            raise InputError(f"{run.folder}: not the first process's; machines share one --out")
         self.clock = self.shown = self.saved = time.monotonic()
 
     def resume(self) -> None:
@@ -1547,12 +1559,8 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     text = "disjoint, sequential: images that also show later classes stay; msrc needs it where "
     text += "a class is never seen without one of them (off)"
     add("--keep-later", action=on, help=text)
-    add(
-        "--data",
-        metavar="DIR",
-        default=str(HERE / "data"),
-        help="data set, as data/README.md says (data/)",
-    )
+    text = "data set, as data/README.md says (data/)"
+    add("--data", metavar="DIR", default=str(HERE / "data"), help=text)
     text = "b to w: published orders of VOC; b, c: of ADE20K (data/orders.csv); or a file, a class "
     text += "name or id per line (the data set's own order)"
     add("--class-order", metavar="ORDER", help=text)
@@ -1563,13 +1571,8 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     add("--held-out", type=float, default=0.0, metavar="PART", help=text)
     text = "Two values: step 0, later steps. The defaults' sources: RECIPE in the script."
     add = made.add_argument_group("schedule", text).add_argument
-    add(
-        "--epochs",
-        type=positive,
-        metavar="N",
-        nargs="+",
-        help=f"over the step's images ({default('epochs')})",
-    )
+    text = f"over the step's images ({default('epochs')})"
+    add("--epochs", type=positive, metavar="N", nargs="+", help=text)
     add("--batch", type=positive, metavar="N", help=f"images per iteration ({default('batch')})")
     text = f"the trunk's learning rate; poly decay, power 0.9 ({default('lr')})"
     add("--lr", type=rate, metavar="RATE", nargs="+", help=text)
@@ -1584,23 +1587,22 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     add("--weights", metavar="FILE", help=text)
     text = f"input pixels per cell of the trunk's last map ({default('output_stride')}; Swin: 32)"
     add("--output-stride", type=int, choices=(8, 16, 32), help=text)
-    text = (
-        "where the stride is taken out of a stage, its first 3x3 convolution is dilated like the "
-    )
-    text += f"others, not by half ({default('dilate_first')})"
+    text = "where the stride is taken out of a stage, its first 3x3 convolution is dilated like "
+    text += f"the others, not by half ({default('dilate_first')})"
     add("--dilate-first", action=argparse.BooleanOptionalAction, help=text)
     add = made.add_argument_group("system").add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", default=device, help="cpu, cuda, cuda:1; no mps (cuda where there is one)")
-    add("--precision", choices=("bf16", "fp32"), help="of the network (bf16 on cuda, else fp32)")
-    text = "the trunk with torch.compile, which takes minutes at the start (off)"
+    text = "of the network; fp32 is without TF32 (bf16 on cuda, else fp32)"
+    add("--precision", choices=("bf16", "fp32"), help=text)
+    text = "the trunk with torch.compile: minutes at the start; needs PyTorch 2.5 (off)"
     add("--compile", action=on, help=text)
     text = "processes that read images (one a core, 8 at most; shapes 0)"
     add("--workers", type=natural, metavar="N", help=text)
     text = "of weights, order and augmentation (0)"
     add("--seed", type=natural, default=0, metavar="N", help=text)
-    text = "seconds between checkpoints inside a step (60)"
-    add("--save-every", type=rate, default=60, metavar="SECONDS", help=text)
+    text = "seconds between checkpoints inside a step (cuda 300, cpu 60)"
+    add("--save-every", type=rate, metavar="SECONDS", help=text)
     add = made.add_argument_group("output").add_argument
     add("--out", metavar="DIR", default="runs", help="where the run's folder lies (runs)")
     text = "of the run's folder; a run there goes on (METHOD-DATASET-TASK-SETTING-sSEED)"
@@ -1698,13 +1700,20 @@ def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
         )
     if not 0 <= args.held_out <= 0.5:
         raise InputError(f"--held-out {args.held_out}: a part of the training images, 0 to 0.5")
-    if args.device == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+    if args.device != "cpu" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
+        if args.device != "cuda":
+            raise InputError(f"--device {args.device}: under torchrun each has its own: cuda")
+        if args.compile:
+            raise InputError("--compile: not with torchrun on GPUs, where BatchNorm is shared")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     cuda = resolve_device(args.device) != "cpu"
     slow = cuda and torch.cuda.get_device_capability(args.device) < (8, 0)
     if args.precision == "bf16" and slow:
         raise InputError("--precision bf16: this GPU has no bfloat16; there is --precision fp32")
     args.precision = args.precision or ("bf16" if cuda and not slow else "fp32")
+    torch.backends.cudnn.allow_tf32 = False  # fp32 is float32 in convolutions, too
+    if args.save_every is None:
+        args.save_every = 300 if cuda else 60  # last.pt is several hundred MB
     if args.workers is None:
         args.workers = 0 if args.dataset == "shapes" else min(8, os.cpu_count() or 1)
     return args

@@ -328,8 +328,8 @@ def importance(run: common.Run, step: common.Step, old_model: nn.Module) -> dict
                 sums[k] += value.to(args.device)
         old_model.requires_grad_(True)
         for images, labels in common.load_in_order(view, data.images[before.index], args):
-            logits = common.upsample(old_model(images)[0], labels.shape[1:])
-            loss = cross_entropy(logits, labels)
+            logits, _ = old_model(images)
+            loss = run.dense(cross_entropy, logits, labels, valid=labels != IGNORE)
             gradients = torch.autograd.grad(loss, [*old_model.parameters()])
             for total, gradient in zip(sums.values(), gradients, strict=True):
                 total += gradient**2

@@ -381,12 +381,16 @@ def find_thresholds(run: common.Run, step: common.Step, old_model: torch.nn.Modu
     view, indices = run.data.training(step)
     one_epoch = max(1, len(indices) // run.args.batch)
     keys = common.epoch_keys(indices, run.args.batch, view.seed, 0, one_epoch)
+
+    def place(logits: Tensor) -> Tensor:
+        """Of each pixel in the histogram."""
+        column = (entropy(logits) / unit * bins).long().clamp(max=bins - 1)
+        return logits.max(1).indices * bins + column
+
     for images, labels in common.load_batches(view, keys, run.args):
-        logits = common.upsample(old_model(images)[0], labels.shape[1:])
-        background = labels == BACKGROUND
-        place = (entropy(logits)[background] / unit * bins).long().clamp(max=bins - 1)
-        place += logits.argmax(1)[background] * bins
-        histogram += place.bincount(minlength=histogram.numel()).view_as(histogram)
+        places = common.in_strips(place, run.args.crop, old_model(images)[0])
+        found = places[labels == BACKGROUND].bincount(minlength=histogram.numel())
+        histogram += found.view_as(histogram)
     find = published_median if published else median
     found = [max(find(counts), 0.001) if counts.any() else 0.001 for counts in histogram.cpu()]
     return unit * torch.tensor(found, device=run.args.device)

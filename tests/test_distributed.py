@@ -90,6 +90,19 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(start, monkeypatch):
     assert "--batch 5: 2 processes share it, it has to be a multiple of 2" in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--device cuda:0", "--device cuda:0: under torchrun each has its own: cuda"),
+        ("--device cuda --compile", "--compile: not with torchrun on GPUs"),
+    ],
+)
+def test_what_several_gpus_cannot_do_is_refused(start, monkeypatch, flags, message):
+    monkeypatch.setenv("LOCAL_RANK", "1")  # as torchrun sets it
+    status, _, err = start(f"{TINY} {flags}")
+    assert status == 2 and len(err.splitlines()) == 1 and message in err
+
+
 @pytest.mark.parametrize("machines", [1, 2])
 def test_the_readmes_torchrun_commands_run(tmp_path, data, machines):
     """As they stand, but for the number of processes: two, on one machine or one on each."""

@@ -1,8 +1,10 @@
 """Whole runs on tiny data: files, flags, refusals, what is the same in every method."""
 
 import ast
+import copy
 import csv
 import functools
+import gc
 import hashlib
 import importlib
 import inspect
@@ -11,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ import pytest
 import torch
 import trees
 from PIL import Image
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from trees import CLASSES, METHODS, SMALL, TINY, assert_same, read_rows, results, weights
 
@@ -321,21 +325,52 @@ def test_bfloat16_runs_every_loss(start):
     assert start(TINY + " --task 18-1 --memory 10 --precision bf16 --epochs 1")[0] == 0
 
 
+@pytest.fixture
+def compiler(monkeypatch):
+    """Counts the graphs of torch.compile; without the slow part, code generation."""
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=counter))
+    common.compiled_stages.cache_clear()
+    yield counter
+    common.compiled_stages.cache_clear()
+    torch._dynamo.reset()
+
+
 @slow
-def test_compiled_the_trunk_learns_the_same_and_weights_stay_plain(start, monkeypatch):
-    """Through two steps: the classifiers grow. Here without the slow part, code generation."""
-    compiled = functools.partial(torch.compile, backend="aot_eager")
-    calls = []
-    monkeypatch.setattr(torch, "compile", lambda work: calls.append(work) or compiled(work))
-    monkeypatch.setattr(common.Run, "draw", lambda *_: None)  # a batch of one: compiled once more
+@pytest.mark.skipif(torch.__version__ < (2, 5), reason="compiles each model anew")
+def test_compiled_the_trunk_learns_the_same_in_three_graphs(start, monkeypatch, compiler):
+    """Step 0, later steps with BatchNorm frozen, the old model. No model outlives its step."""
+    parallel, models = common.Run.parallel, []
+
+    def noted(run, model):
+        models.append(weakref.ref(model))
+        return parallel(run, model)
+
+    monkeypatch.setattr(common.Run, "parallel", noted)
     for flags in ("--out plain", "--out compiled --compile"):
-        assert start(f"{TINY} --dry-run {flags}")[0] == 0
-    assert calls and all(call.__name__ == "stages" for call in calls)
-    name = FOLDER.name + "-dry"
-    plain, other = (weights(Path(out) / name, 1) for out in ("plain", "compiled"))
+        assert start(f"{TINY} --task 18-1 --dry-run {flags}")[0] == 0
+    assert compiler.frame_count == 3
+    gc.collect()
+    assert len(models) == 6 and not any(model() for model in models)
+    name = "dkd-voc-18-1-overlapped-s0-dry"
+    plain, other = (weights(Path(out) / name, 2) for out in ("plain", "compiled"))
     assert plain.keys() == other.keys()
     for key, value in plain.items():
         assert torch.allclose(value, other[key], rtol=1e-4, atol=1e-5), key
+
+
+@slow
+def test_a_copy_of_a_compiled_model_has_statistics_of_its_own(monkeypatch, compiler):
+    monkeypatch.setattr(common.DeepLabV3, "compiled", True)
+    model, images = common.DeepLabV3("small", 8, [2]).eval(), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before, other = model(images)[0], copy.deepcopy(model)
+        for name, statistic in other.named_buffers():
+            if name.endswith("running_mean"):
+                statistic += 1
+        assert not torch.allclose(other(images)[0], before, atol=1e-3)
+        assert torch.equal(model(images)[0], before)
+    assert compiler.frame_count == 1
 
 
 class Waits(TorchDispatchMode):
