@@ -13,6 +13,7 @@ import io
 import itertools
 import math
 import multiprocessing
+import re
 import resource
 import sys
 import tempfile
@@ -238,12 +239,12 @@ METHODS = {  # the table's names: script, flags
     "ucd, PLOP": (ucd, "--base plop"),
     "icd": (icd, ""),
 }
-PLAIN = ("--precision fp32", torch.contiguous_format)
 STAGES = {  # one change after the other: flags, memory format
-    "float32": PLAIN,
-    "+ channels last": (PLAIN[0], torch.channels_last),
+    "float32": ("--precision fp32", torch.contiguous_format),  # without TF32
+    "+ channels last": ("--precision fp32", torch.channels_last),
     "+ bf16": ("--precision bf16", torch.channels_last),
     "+ --compile": ("--precision bf16 --compile", torch.channels_last),
+    "+ bf16, cudnn.benchmark": ("--precision bf16", torch.channels_last),
 }
 
 
@@ -260,11 +261,12 @@ def network(args: argparse.Namespace) -> None:
     cells = "step 0, images/s", "later, images/s", "dense losses, %", "optimiser, %", "peak GiB"
     header("method", "classes", "", *cells)
     last = "+ bf16" if DEVICE == "cuda" else "+ channels last"
-    for stage, variant in STAGES.items():
-        row("mib_unbiased", 21, stage, *train("mib_unbiased", *variant, 21, args))
-    for method in METHODS:
-        for classes in (21, 151):
-            row(method, classes, last, *train(method, *STAGES[last], classes, args))
+    rows = [("mib_unbiased", 21, stage) for stage in STAGES]
+    rows += [(method, classes, last) for method in METHODS for classes in (21, 151)]
+    for method, classes, stage in rows:
+        if re.search(args.rows, f"{method} {classes} {stage}"):
+            torch.backends.cudnn.benchmark = "cudnn.benchmark" in stage
+            row(method, classes, stage, *train(method, *STAGES[stage], classes, args))
 
 
 def train(method: str, flags: str, layout: torch.memory_format, classes: int, args) -> list[str]:
@@ -312,9 +314,14 @@ def train(method: str, flags: str, layout: torch.memory_format, classes: int, ar
             mock.patch.object(optimizer, "step", timed("optimiser", optimizer.step)),
         ):
             spent.update(dict.fromkeys(spent, 0.0))
+            profiler = torch.profiler.profile() if args.profile else contextlib.nullcontext()
             begun = now()
-            yield from todo
+            with profiler:
+                yield from todo
             spent["all"] = now() - begun
+        if args.profile:  # standard output is silent here
+            table = profiler.key_averages().table(f"self_{DEVICE}_time_total", row_limit=25)
+            print(table, file=sys.stderr)
         if step.index == 1:
             raise Enough
 
@@ -558,6 +565,8 @@ if __name__ == "__main__":
         "--backbone", choices=common.BACKBONES, default="resnet101", help="(resnet101)"
     )
     flags.add_argument("--iterations", type=int, default=10, help="of the network, twice (10)")
+    flags.add_argument("--rows", default="", help="of the network: those that match this (all)")
+    flags.add_argument("--profile", action="store_true", help="of the network: top 25 operations")
     flags.add_argument("--repeats", type=int, default=2, help="the fastest counts (2)")
     most = "anchors up to which all pairs at once are tried (8192)"
     flags.add_argument("--most", type=int, default=8192, help=most)
