@@ -42,14 +42,15 @@ What is open, how sure we are, and where a reader of the full paper would change
  h. Weights 10 and 1 (ADE20K 3 and 0.3; shapes 1 and 1, chosen on held-out training images), gamma
     = sqrt(all / new channels) as PLOP's: open. --internal-weight, --external-weight, main.
 
-Measured: data/RESULTS.md, on shapes and on 739 photographs of VOC 2012. Not run yet: full VOC 2012
+Measured: data/RESULTS.md, on shapes and on photographs of VOC 2012. Not run yet: full VOC 2012
 and ADE20K with ResNet-101. PLOP's twelve iterations are those of its authors' trainer to 1e-8 here,
 too (tests/test_trajectories.py).
 
 Differences between the published codes that this borrows from (c) and this file:
  1. PLOP's thresholds, maps, weights of images and step 0: as c; see differences 11-15 of ucd.py.
-    --thresholds median are the medians of PLOP's paper. Pseudo-labels alone on shapes, 15-1, all,
-    three seeds: 66.2 with the thresholds of the code, 59.0 with medians.
+    --thresholds median are the medians of PLOP's paper. Pseudo-labels alone on hue-ordered
+    shapes (see data/RESULTS.md), 15-1, all, three seeds: 66.2 with the thresholds of the code, 59.0
+    with medians.
  2. PLOP's cells on maps that are not square. c: measured by the width. Here by the shorter side.
  3. Network: as in difference 18 of ucd.py. The schedule is MiB's and PLOP's; msrc, folder and
     shapes are ours, rates as in mib_unbiased.py.

@@ -51,7 +51,7 @@ The grid; MiB's own tables have these baselines (weights of the losses: theirs):
 Only the abstract of Kalb & Beyerer could be read. The three claims are theirs; the grid (R7), the
 analyses and every number are our reconstruction of how they can be tested, not their protocol.
 
-Measured: data/RESULTS.md, on shapes and on 739 photographs of VOC 2012. Not run yet: full VOC 2012
+Measured: data/RESULTS.md, on shapes and on photographs of VOC 2012. Not run yet: full VOC 2012
 and ADE20K with ResNet-101. Fine-tuning, LwF and MiB equal MiB's trainer over twelve iterations to
 1e-9 in losses, learning rates and weights (tests/test_trajectories.py).
 

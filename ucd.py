@@ -30,13 +30,14 @@ are of one class. It is a further loss on top of a method: --base mib, or plop.
     --no-uncertainty                                        every positive pair weighs 1
     --no-old-features                                       the new model's features alone
 
-Measured: data/RESULTS.md, on shapes and on 739 photographs of VOC 2012. Not run yet: full VOC 2012
+Measured: data/RESULTS.md, on shapes and on photographs of VOC 2012. Not run yet: full VOC 2012
 and ADE20K with ResNet-101. Losses, learning rates, weights and the confusion matrix of twelve
 iterations of PLOP equal those of its authors' trainer to 1e-8 (tests/test_trajectories.py). Of the
 UCD paper only abstract, overview figure and Table 1 could be read: the method is that of the code,
 its equations carry no numbers here.
 
-Differences between the authors' code (c) and this file; effects: shapes, 15-1, all, seed 0.
+Differences between the authors' code (c) and this file; effects: hue-ordered shapes (see
+data/RESULTS.md), 15-1, all, seed 0.
 UCD:
  1. Shift. c: the largest similarity is taken from the positives but not from the negatives, which
     are e^(1 / temperature) too heavy then. As c; --no-published-shift is the plain ratio

@@ -26,7 +26,8 @@ except ImportError:
 # flags that leave the results alone; the data are known by their identity, wherever they lie
 FREE = ("out", "name", "typed", "device", "compile", "workers", "save_every", "step0", "data")
 # all that a run makes but its script's copies: a dry run removes what the one before has left
-MADE = ("*.json", "last.pt", "*_[0-9]*.pt", "*.csv", "*.txt", "pictures/*_[0-9]*.png")
+MADE = ("config.json", "metrics.json", "memory_[0-9]*.json", "last.pt", "*_[0-9]*.pt")
+MADE += ("train.csv", "iou.csv", "log.txt", "flags.txt", "pictures/*_[0-9]*.png")
 
 
 def claim(folder: Path, anew: bool) -> int:

@@ -153,11 +153,14 @@ def test_another_seed_changes_the_result(start, whole):
 
 
 @slow
-def test_dry_run_leaves_the_real_run_alone(start):
+def test_dry_run_leaves_the_real_run_and_the_users_files_alone(start):
+    notes = FOLDER.with_name(FOLDER.name + "-dry") / "notes.txt"
     for _ in range(2):
         status, out, _ = start(TINY + " --dry-run")
-        assert status == 0 and "iteration 2/2" in out
-    assert [path.name for path in Path("runs").iterdir()] == [FOLDER.name + "-dry"]
+        assert status == 0 and "iteration 2/2" in out and "goes on" not in out
+        notes.touch()
+    assert [path.name for path in Path("runs").iterdir()] == [notes.parent.name]
+    assert (notes.parent / "log.txt").read_text().count("step 0 of 0-1") == 1
 
 
 @slow
