@@ -250,10 +250,13 @@ def test_every_method_trains_on_own_pictures_and_has_its_row(start, tmp_path, me
     assert row["torch"] == torch.__version__
     typed = "--epochs 1 --batch 4 --crop 32 --backbone small --weights none --output-stride 8"
     assert row["command"].startswith(f"`{method}.py {typed}")
-    # another folder of pictures is another data set
-    (tmp_path / "pets").rename(tmp_path / "others")
-    status, _, err = start(flags, tmp_path / "others", method)
-    assert status == 2 and "holds another run (data" in err
+    # the same pictures at another place are the same data set; with one less they are another
+    (tmp_path / "pets").rename(tmp_path / "moved")
+    status, out, _ = start(flags, tmp_path / "moved", method)
+    assert status == 0 and "2 steps done" in out
+    next((tmp_path / "moved/train/images").iterdir()).unlink()
+    status, _, err = start(flags, tmp_path / "moved", method)
+    assert status == 2 and "of another run (training_images 5 (digest " in err
 
 
 @slow
