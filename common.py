@@ -1073,7 +1073,8 @@ class Run:
         cuda = self.args.device != "cpu"
         if cuda:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # all have the same statistics
-        warnings.filterwarnings("ignore", message="Grad strides do not match")  # of 1x1 kernels
+        # of 1x1 kernels; in PyTorch 2.14, whose new name older ones do not have
+        warnings.filterwarnings("ignore", message="Grad strides do not match|`broadcast_buffers`")
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=not cuda)
 
     # the loop

@@ -11,14 +11,15 @@ from trees import METHODS, SMALL, TINY
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
-# runs all methods one after the other, BatchNorm frozen and without dropout: only then is a batch
-# in two halves the same as the whole
+# runs methods one after the other, without dropout, and with a BatchNorm for which a batch in two
+# halves is the same as the whole: FROZEN, or SHARED, which is SyncBatchNorm in plain PyTorch
 DRIVER = """\
 import importlib, os, sys
 sys.path.insert(0, ROOT)
 import common
+import torch
 from torch import distributed, nn
-nn.BatchNorm2d.train = lambda self, mode=True: nn.Module.train(self, False)
+from torch.distributed.nn.functional import all_reduce
 nn.Dropout.forward = lambda self, x: x
 init = distributed.init_process_group
 distributed.init_process_group = lambda kind: distributed.is_initialized() or init(kind)
@@ -36,12 +37,42 @@ for method in METHODS:
 """
 
 
-def launch(folder, data, count, methods=METHODS, more=""):
+FROZEN = "nn.BatchNorm2d.train = lambda self, mode=True: nn.Module.train(self, False)\n"
+SHARED = """\
+def forward(norm, x):
+    if not norm.training:
+        return nn.BatchNorm2d.forward(norm, x)
+    count = 2 * x.numel() // len(x[0])
+    mean, square = all_reduce(torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])) / count
+    variance = square - mean.square()
+    with torch.no_grad():
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * count / (count - 1), norm.momentum)
+        norm.num_batches_tracked += 1
+    scale = norm.weight * (variance + norm.eps).rsqrt()
+    shape = (1, -1, 1, 1)
+    return x * scale.view(shape) + (norm.bias - mean * scale).view(shape)
+
+
+def shared(run, model, parallel=common.Run.parallel):
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return parallel(run, model)
+
+
+torch.set_default_dtype(torch.float64)
+torch.Tensor.float = torch.Tensor.double
+nn.SyncBatchNorm.forward, common.Run.parallel = forward, shared
+nn.parallel.DistributedDataParallel._passing_sync_batchnorm_handle = lambda *_: None  # GPUs only
+"""
+
+
+def launch(folder, data, count, methods=METHODS, more="", norm=FROZEN):
     """`count` processes, under torchrun if there are several; folder/runs is what they leave."""
     flags = f"--dataset voc --task 19-1 {SMALL} --lr 0.3 --ignore void --epochs 1 {more}".split()
     flags += ["--data", str(data), "--out", str(folder / "runs"), "--setting", "overlapped"]
     given = f"ROOT, METHODS, FLAGS = {str(ROOT)!r}, {methods!r}, {flags!r}\n"
-    (folder / "driver.py").write_text(given + DRIVER)
+    (folder / "driver.py").write_text(given + DRIVER.replace("init = ", f"{norm}init = "))
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
     command = [sys.executable, *(torchrun if count > 1 else []), str(folder / "driver.py")]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -76,6 +107,20 @@ def test_two_processes_learn_what_one_does(tmp_path, data):
             if x[0] != "s":
                 x, y = ([float(v) for v in line.split(",") if v] for line in (x, y))
                 assert x == pytest.approx(y, rel=1e-3)
+
+
+@pytest.mark.parametrize("batch", [4, 2])  # 2: one image in each of two processes
+def test_batchnorm_that_all_share_learns_what_one_process_does(tmp_path, data, batch):
+    found = []
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        more = f"--batch {batch} --lr 0.001 --epochs 1"
+        done = launch(tmp_path / str(count), data, count, ("mib_unbiased",), more, SHARED)
+        assert done.returncode == 0, done.stderr
+        path = tmp_path / f"{count}/runs/mib_unbiased-voc-19-1-overlapped-s0/step_1.pt"
+        found.append(torch.load(path, weights_only=True)["model"])
+    for key, value in found[0].items():
+        assert torch.allclose(value, found[1][key], rtol=0, atol=1e-9), key
 
 
 def test_a_fault_of_one_process_ends_all_with_the_reason(tmp_path, data):
