@@ -805,25 +805,26 @@ def map_dims(x: object, batch: int) -> int:
     return x.ndim if isinstance(x, Tensor) and x.ndim > 2 and len(x) == batch else 0
 
 
+def upsampling_matrix(n: int, size: int, like: Tensor) -> Tensor:
+    """[size, n], by which bilinear upsampling multiplies a dimension of n; `like`: its kind."""
+    eye = torch.eye(n, device=like.device, dtype=like.dtype)
+    return upsample(eye[None, None], (size, n))[0, 0]
+
+
 def rows_of(inputs: Sequence, size: int) -> Callable[[slice], list]:
     """A function that gives some rows of `inputs` at full size, without making the rest.
 
     inputs      [B, C, h, w] maps are upsampled bilinearly to size x size: two matrix products, of
                 which the first can be cut by rows. [B, H, W] maps are cut; all else stays as it is
     """
-
-    def matrix(n: int, like: Tensor) -> Tensor:
-        """[size, n], by which bilinear upsampling multiplies a dimension of n."""
-        eye = torch.eye(n, device=like.device, dtype=like.dtype)
-        return upsample(eye[None, None], (size, n))[0, 0]
-
     plans = []  # of each input: its kind, and the two matrices where it is upsampled
     for x in inputs:
         dims, matrices = map_dims(x, len(inputs[0])), ()
         if dims == 3:
             refuse_other_size(x, size)
         if dims == 4:
-            matrices = matrix(x.shape[2], x), matrix(x.shape[3], x).T
+            down, across = (upsampling_matrix(n, size, x) for n in x.shape[2:])
+            matrices = down, across.T
         plans.append((dims, *matrices))
 
     def cut(rows: slice) -> list:

@@ -132,9 +132,9 @@ def segment(
     pixels = torch.from_numpy(np.array(picture.resize(size, Image.Resampling.BILINEAR)))
     logits, _ = model(common.normalise(pixels[None], settings.device))
     across, down = (
-        common.upsample(torch.eye(n, device=logits.device)[None, None], (side, n))[0, 0]
+        common.upsampling_matrix(n, side, logits)
         for side, n in zip(picture.size, (logits.shape[3], logits.shape[2]), strict=True)
-    )  # matrices [W, w] and [H, h]: bilinear upsampling is a product with both
+    )  # [W, w] and [H, h]
     rows = [predict(part @ logits @ across.T) for part in down.split(64)]
     return torch.cat(rows, 1)[0].byte().cpu().numpy()
 
