@@ -23,7 +23,7 @@ classifying layers; --analyse looks where it sits in any finished run.
 | unbiased distillation, sharpening alpha      | unbiased_distillation  |
 | new classifiers from the background's        | initialise             |
 
-The grid; MiB's own tables have these baselines (weights of the losses: theirs):
+The grid. The rows down to MiB, and joint, are in MiB's own tables (weights of the losses: theirs):
 
     --ce plain --kd none --init random                  fine-tuning (FT)
     --ce plain --kd plain --init random                 LwF
@@ -33,6 +33,7 @@ The grid; MiB's own tables have these baselines (weights of the losses: theirs):
     --ce plain --init random                            unbiased distillation only
     --init random                                       MiB without its initialisation
     (no flag)                                           MiB
+    --ce plain --kd none --init random --freeze old     DFT: only the new classifiers learn
     --ce plain --kd none --init random --replay 100     images of earlier steps are kept
     --ce plain --kd none --init random --labels KIND    R2: which labels the old classes' pixels get
     --task offline                                      joint
@@ -81,7 +82,11 @@ Differences between MiB's paper (p), the authors' code (c) and this file:
 10. Replay is not in c. Images are drawn class by class from the steps in which their class was new.
 11. ADE20K's id 0 in the test. c: ignored. As c; --ignore later counts it as background.
 12. Rate of ASPP, head and classifiers. c: the trunk's. As c; --head-lr is for small data.
-13. msrc, folder, shapes: not in the papers, the recipes are ours. For shapes the rate was chosen
+13. DFT, the frozen baseline (Zhang et al.: Revisiting Continual Semantic Segmentation with
+    Pre-trained Vision Models, arXiv 2508.04267, who call it DFT*; read in the authors' code,
+    BladeDancer957/RevisitingCSS). c: a softmax over the classes of all steps from step 0 on, and
+    in 15-1 a rate of 0.0005 in later steps. Here each step adds its classifiers, at MiB's rate.
+14. msrc, folder, shapes: not in the papers, the recipes are ours. For shapes the rate was chosen
     among 0.03, 0.1 and 0.3 on the joint run with --held-out 0.2.
 """
 
@@ -346,8 +351,22 @@ def ewc_penalty(model: nn.Module, old_model: nn.Module, importance: dict[str, Te
     return sum(term.sum() for term in terms)
 
 
+def freeze(model: common.DeepLabV3, what: str) -> None:
+    """--freeze, after step 0. What is frozen keeps its weights, BatchNorm its statistics too.
+
+    what        batchnorm (as DKD does); old: all but the newest classifiers (DFT)
+    """
+    if what == "old":
+        model.eval().requires_grad_(False)
+        model.classifiers[-1].requires_grad_(True)
+    else:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval().requires_grad_(False)
+
+
 def sgd(model: common.DeepLabV3, lr: float, args: argparse.Namespace) -> torch.optim.SGD:
-    """One rate and weight decay for all; --head-lr raises what is not trunk."""
+    """One rate and weight decay for all that learns; --head-lr raises what is not trunk."""
     head = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
     groups = [
         {"params": model.trunk.parameters(), "lr": lr},
@@ -366,7 +385,7 @@ def distillation_weight(args: argparse.Namespace) -> float:
 
 def published_name(args: argparse.Namespace) -> str:
     """The row of the grid in data/published.csv."""
-    if args.replay or args.labels != "masked" or args.alpha != 1:
+    if args.replay or args.labels != "masked" or args.alpha != 1 or args.freeze != "nothing":
         return ""
     ewc = "EWC" if args.ewc else ""
     return {
@@ -392,6 +411,8 @@ def main(args: argparse.Namespace) -> None:
         model.train()
         if args.init == "background" and not first:
             initialise(model)
+        if args.freeze != "nothing" and not first:
+            freeze(model, args.freeze)
         weights = importance(run, step, old_model) if args.ewc and not first else None
         memory = replay(run.data, step, args.replay)
         label_table = step_labels(run.data, step, args.labels)
@@ -1107,6 +1128,8 @@ def flags() -> argparse.ArgumentParser:
     add("--alpha", type=rate, default=1.0, help="sharpens the old model's softmax (1: code)")
     text = "new classifiers: shares of the background's, or random (background: paper)"
     add("--init", choices=("background", "random"), default="background", help=text)
+    text = "after step 0: BatchNorm, or all that is old: only new classifiers learn (nothing: code)"
+    add("--freeze", choices=("nothing", "batchnorm", "old"), default="nothing", help=text)
     kinds = ("masked", "ignore-old", "ignore-background", "oracle", "pseudo")
     text = "old classes' pixels in new images: as --setting says; left out; left out with all "
     text += "background; their true class; the old model's prediction (masked)"
