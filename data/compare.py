@@ -143,7 +143,8 @@ def table_rows(runs: Sequence[dict]) -> list[dict]:
     """A row per group of runs that differ in the seed or in the class order only.
 
     A joint run (--task offline) has one step, in which all classes are learned: its classes are
-    divided, averaged and compared as those of the first other task on its data set.
+    divided, averaged and compared as those of the first other task on its data set. All rows count
+    the background, unless everything that was published for them leaves it out.
 
     returns     "name"; "runs"; "values" [runs, steps, 3]: base, new, all in percent; "published":
                 a row of data/published.csv or None; "averages": what base and all cover
@@ -151,24 +152,32 @@ def table_rows(runs: Sequence[dict]) -> list[dict]:
     groups: dict[str, list[dict]] = {}
     for run in runs:
         groups.setdefault(run["row"], []).append(run)
+    likes = {}
+    for key, (run, *_) in groups.items():
+        others = (r for r in runs if r["dataset"] == run["dataset"] and r["task"] != "offline")
+        likes[key] = next(others, run) if run["task"] == "offline" else run
+    found = [published_row(run, likes[key]) for key, (run, *_) in groups.items()]
+    conventions = {averaging_convention(row) for row in found if row}
+    averages = "no background" if conventions == {"no background"} else "with background"
     rows = []
-    for group in groups.values():
-        run = like = group[0]
-        if run["task"] == "offline":
-            others = (r for r in runs if r["dataset"] == run["dataset"] and r["task"] != "offline")
-            like = next(others, run)
-        place = like["dataset"], like["task"], like["setting"]
-        best = best_published(*place, like["published"]) if like["order"] == "own" else None
-        averages = averaging_convention(best) if best else "with background"
-        if like is not run:
-            best = best_published(*place, "Joint", averages)
-        base = common.task_steps(like["task"], len(run["iou"][-1]) - 1)[0].last
+    for (key, group), best in zip(groups.items(), found, strict=True):
+        base = common.task_steps(likes[key]["task"], len(group[0]["iou"][-1]) - 1)[0].last
         background = averages == "with background"
         values = [[common.averages(iou, base, background) for iou in r["iou"]] for r in group]
         values = np.array([[[step[k] for k in AVERAGES] for step in steps] for steps in values])
-        row = {"name": run["name"], "runs": group, "values": values, "published": best}
+        row = {"name": group[0]["name"], "runs": group, "values": values, "published": best}
         rows.append(row | {"averages": averages})
     return rows
+
+
+def published_row(run: dict, like: dict) -> dict[str, str] | None:
+    """What was published for a run, in its data set's own order; if possible with the background.
+
+    like        the run itself, or what a joint run is compared as
+    """
+    name = run["published"] if like is run else "Joint"
+    place = like["dataset"], like["task"], like["setting"], name
+    return best_published(*place, "with background") if like["order"] == "own" else None
 
 
 def markdown(rows: Sequence[dict]) -> str:
