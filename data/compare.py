@@ -78,9 +78,10 @@ def read_run(given: str) -> dict:
 
     given       its folder, or NAME=folder to name its row
     returns     row: what is the same in all runs of a row; parts of config.json; flags: those that
-                differ from the script's recipe, as typed; iou: per step, float64 [C], percent, NaN
-                where no test image shows the class; training_images: per step;
-                minutes: per step, None where --step0 took it from another run; columns: texts
+                differ from the script's recipe; typed: of these, those that were typed; iou: per
+                step, float64 [C], percent, NaN where no test image shows the class;
+                training_images: per step; minutes: per step, None where --step0 took it from
+                another run; columns: texts
     NoResult    a dry run, or one that is not finished
     InputError  no run there, or one of a script that is not here
     """
@@ -98,17 +99,19 @@ def read_run(given: str) -> dict:
             raise NoResult(f"{folder}: a dry run")
         if len(steps) < of:
             raise NoResult(f"{folder}: not finished, {len(steps)} of {of} steps are done")
+        changed = {
+            key: as_typed(key, used[key])
+            for key in recipe
+            if key not in UNLISTED and used.get(key) not in (None, recipe[key])
+        }
         own_data = f" {Path(used['data']).name}" if used["dataset"] == "folder" else ""
         run = {key: used[key] for key in ("method", "dataset", "task", "setting", "seed")} | {
             "folder": folder,
             "name": name or ("joint" if of == 1 else config["published"]) or used["method"],
             "order": Path(used["class_order"]).name if used["class_order"] else "own",
             "published": config["published"],
-            "flags": [
-                as_typed(key, used[key])
-                for key in recipe
-                if key not in UNLISTED and used.get(key) not in (None, recipe[key])
-            ],
+            "flags": [*changed.values()],
+            "typed": [changed[key] for key in typed_keys(used, changed)],
             "iou": [torch.tensor(np.array([*step["iou"].values()], float)) for step in steps],
             "training_images": [step.get("training_images") for step in steps],
             "minutes": [step["timing"].get("minutes") for step in steps],
@@ -128,6 +131,14 @@ def read_run(given: str) -> dict:
     same = [run["name"], run["method"], run["flags"]]
     same += [run["columns"][key] for key in ("dataset", "task", "setting", "tested on")]
     return run | {"row": str(same)}
+
+
+def typed_keys(used: dict, changed: dict) -> list[str]:
+    """Which of the `changed` flags were typed, not filled in; of an older run all."""
+    if "typed" not in used:
+        return [*changed]
+    words = [word.partition("=")[0] for word in used["typed"]]
+    return [key for key in changed if {as_typed(key, True), as_typed(key, False)} & {*words}]
 
 
 def as_typed(key: str, value: object) -> str:
@@ -183,7 +194,7 @@ def published_row(run: dict, like: dict) -> dict[str, str] | None:
 def markdown(rows: Sequence[dict]) -> str:
     """The table. What is the same in every row stands once, above it."""
     several = len(rows) > 1
-    first, *others = (row["runs"][0]["flags"] for row in rows)
+    first, *others = (row["runs"][0]["typed"] for row in rows)
     shared = [flag for flag in first if several and all(flag in other for other in others)]
     lines = [{"method": row["name"]} | cells(row, shared) for row in rows]
     candidates = [k for k in lines[0] if several and k not in ("method", *AVERAGES, "seeds")]
@@ -214,7 +225,7 @@ def cells(row: dict, shared: Sequence[str]) -> dict[str, str]:
     minutes = np.array([run["minutes"] for run in runs], float)
     taken = bool(np.isnan(minutes[:, 0]).any())  # --step0: from another run
     text["minutes"] = f"{minutes[:, taken:].sum(1).mean():.3g}" + " without step 0" * taken
-    own = [flag for flag in runs[0]["flags"] if flag not in shared]
+    own = [flag for flag in runs[0]["typed"] if flag not in shared]
     text["command"] = f"`{' '.join([runs[0]['method'] + '.py', *own])}`"
     return text
 

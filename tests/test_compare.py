@@ -91,6 +91,18 @@ def test_a_single_run_is_one_whole_row(tmp_path, capsys):
     assert row["command"] == "`ilt.py --keep-later`"
 
 
+def test_the_command_has_what_was_typed_not_what_the_script_filled_in(tmp_path, capsys):
+    typed = ["--task=15-1", "--alpha=2.0", "--no-freeze", "--lr", "0.1", "0.01"]
+    flags = "--task 15-1 --alpha 2 --beta 3 --no-freeze --lr 0.1 0.01"
+    assert compare.main([finished(tmp_path / "a", dkd, flags, 50, typed=typed)]) == 0
+    assert (
+        rows(capsys.readouterr().out)[0]["command"]
+        == "`dkd.py --lr 0.1 0.01 --alpha 2 --no-freeze`"
+    )
+    assert compare.main([finished(tmp_path / "b", dkd, flags, 50, typed=[])]) == 0
+    assert rows(capsys.readouterr().out)[0]["command"] == "`dkd.py`"
+
+
 def test_runs_over_class_orders_share_a_row(tmp_path, capsys):
     """What was published is of the data set's own order."""
     runs = [
