@@ -722,6 +722,13 @@ def build_model(args: argparse.Namespace, classes: Sequence[int]) -> DeepLabV3:
     return model.to(args.device, memory_format=torch.channels_last)
 
 
+def freeze_batchnorm(model: nn.Module) -> None:
+    """BatchNorm keeps its statistics and its weights, until the next model.train()."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+
+
 def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
     """[B, C, h, w] -> [B, C, H, W], bilinear with align_corners=False, as all published codes."""
     return F.interpolate(logits, size, mode="bilinear", align_corners=False)

@@ -208,9 +208,7 @@ def initialise_all(model: common.DeepLabV3) -> None:
 def freeze(model: common.DeepLabV3) -> None:
     """After step 0: BatchNorm keeps its statistics and its weights, dropout is off."""
     model.eval()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.requires_grad_(False)
+    common.freeze_batchnorm(model)
 
 
 def sgd(

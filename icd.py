@@ -28,7 +28,6 @@ features of different scales, which are kept as well (external).
     --no-internal                               external alone
     --statistics means | deviations             half of the statistics
     --levels 3 4 5                              the deep levels
-    --attention trained                         attention learns in step 0, then stays
 
 What is open, how sure we are, and where a reader of the full paper would change it:
  a. Two terms, statistics and attention: sure, the abstract.
@@ -36,8 +35,7 @@ What is open, how sure we are, and where a reader of the full paper would change
  c. Statistics are means and deviations over width, height and channels: possible. statistics.
  d. Levels: the four stages before their last ReLU, the classifiers' input. --levels, maps_of.
  e. Fusion from the top down, as in knowledge review: open. ExternalDistillation.forward.
- f. The attention's parameters: open. Random and frozen, or --attention trained. They never learn
-    from the distillation: a constant would please it.
+ f. The attention's parameters: open. Random and frozen: a constant would please the distillation.
  g. Base: PLOP's pseudo-labels are likely. --base.
  h. Weights 10 and 1 (ADE20K 3 and 0.3; shapes 1 and 1, chosen on held-out training images), gamma
     = sqrt(all / new channels) as PLOP's: open. --internal-weight, --external-weight, main.
@@ -434,13 +432,13 @@ def initialise(model: common.DeepLabV3) -> None:
 
 
 def make_external(run: common.Run, model: common.DeepLabV3) -> ExternalDistillation:
-    """The external term, for the maps that `model` gives."""
+    """The external term, for the maps that `model` gives; frozen."""
     with torch.no_grad():
         probe = torch.zeros(1, 3, 64, 64, device=run.args.device)
         maps = levels_of(model.eval()(probe)[1], run.args.levels)
         model.train()
     external = ExternalDistillation([m.shape[1] for m in maps], seed=run.args.seed)
-    return external.to(run.args.device)
+    return external.requires_grad_(False).to(run.args.device)
 
 
 def sgd(model: common.DeepLabV3, lr: float, args: argparse.Namespace) -> torch.optim.SGD:
@@ -462,25 +460,18 @@ def main(args: argparse.Namespace) -> None:
         raise common.InputError("--levels: the external term relates two levels or more")
     print("ICD, reconstructed from its abstract: no result of this run is the authors'")
     run = common.Run(args, common.most_likely, "")
-    trained = args.external and args.attention == "trained"
-    if trained and args.step0:
-        raise common.InputError("--attention trained: it learns in step 0, so without --step0")
     for step in run.steps():
         old_model, model = run.models(step)
         first = old_model is None
         model.train()
         plop = args.base == "plop"
-        if args.external:
-            external = make_external(run, model)
-            external.requires_grad_(trained and first)
-        if trained:  # it learns in step 0 and is carried from step to step with the model
-            model.external = external
-            model.auxiliary = nn.Conv2d(external.width, run.data.steps[0].channels, 1)
-            model.auxiliary.requires_grad_(first)
         if not first:
             initialise(model)
             thresholds = find_thresholds(run, step, old_model) if plop else None
+            external = make_external(run, model) if args.external else None
         gamma = math.sqrt(step.channels / len(step.new))
+        if args.freeze_batchnorm and not first:
+            common.freeze_batchnorm(model)
         optimizer = sgd(model, common.per_step(args.lr, step), args)
         net = run.parallel(model)
         for images, labels in run.batches(step, model, optimizer):
@@ -499,12 +490,6 @@ def main(args: argparse.Namespace) -> None:
             else:
                 both = labels, old_logits, args.kd_weight
                 losses["ce"], losses["kd"] = run.dense(unbiased_losses, logits, *both)
-            if trained and first:
-                scores = model.auxiliary(external.fuse(new)[0])
-                valid = labels != IGNORE
-                losses["auxiliary"] = 0.4 * run.dense(
-                    unbiased_cross_entropy, scores, labels, 1, valid=valid
-                )
             if args.internal and args.statistics == "pod" and not first:  # PLOP's
                 factors = [args.pod] * len(new) + [args.pod_logits]
                 losses["internal"] = pod(
@@ -535,8 +520,6 @@ def flags() -> argparse.ArgumentParser:
     add("--statistics", choices=("both", "means", "deviations", "pod"), default="both", help=text)
     text = "stages 1-4, and 5, the classifiers' input (all)"
     add("--levels", type=int, nargs="+", default=[*LEVELS], metavar="LEVEL", help=text)
-    text = "parameters of the external term: frozen from the seed on, or trained in step 0 (random)"
-    add("--attention", choices=("random", "trained"), default="random", help=text)
     add("--internal-weight", type=rate, help="(voc 10, ade 3, shapes 1)")
     add("--external-weight", type=rate, help="(voc 1, ade 0.3, shapes 1)")
     text = "factor of Local POD on the levels (voc 0.01, ade 0.001: PLOP's code; shapes 0.001)"
@@ -547,6 +530,8 @@ def flags() -> argparse.ArgumentParser:
     text += "(published)"
     add("--thresholds", choices=("published", "median"), default="published", help=text)
     add("--kd-weight", type=rate, default=10.0, help="mib: weight of distillation (10: code)")
+    text = "after step 0 BatchNorm keeps its statistics and weights: for small batches (off: code)"
+    add("--freeze-batchnorm", action="store_true", help=text)
     text = "ASPP's, head's and classifiers' rate is this times --lr (1: code)"
     add("--head-lr", type=rate, default=1.0, help=text)
     return parser

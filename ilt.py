@@ -256,6 +256,8 @@ def main(args: argparse.Namespace) -> None:
         model.train()
         if args.freeze_encoder and not first:
             freeze_encoder(model)
+        if args.freeze_batchnorm and not first:
+            common.freeze_batchnorm(model)
         optimizer = sgd(model, common.per_step(args.lr, step), args)
         net = run.parallel(model)
         for images, labels in run.batches(step, model, optimizer):
@@ -327,6 +329,8 @@ def flags() -> argparse.ArgumentParser:
     text = "what is compared: the batch's images, their mean features, pixels (batch: ours)"
     forms = ("batch", "pooled", "pixel")
     add("--similarity-form", choices=forms, default="batch", help=text)
+    text = "after step 0 BatchNorm keeps its statistics and weights: for small batches (off: code)"
+    add("--freeze-batchnorm", action="store_true", help=text)
     text = "ASPP's, head's and classifiers' rate is this times --lr (1: code)"
     add("--head-lr", type=rate, default=1.0, help=text)
     return parser

@@ -33,7 +33,7 @@ The grid. The rows down to MiB, and joint, are in MiB's own tables (weights of t
     --ce plain --init random                            unbiased distillation only
     --init random                                       MiB without its initialisation
     (no flag)                                           MiB
-    --ce plain --kd none --init random --freeze old     DFT: only the new classifiers learn
+    --ce plain --kd none --init random --freeze-old     DFT: only the new classifiers learn
     --ce plain --kd none --init random --replay 100     images of earlier steps are kept
     --ce plain --kd none --init random --labels KIND    R2: which labels the old classes' pixels get
     --task offline                                      joint
@@ -351,22 +351,14 @@ def ewc_penalty(model: nn.Module, old_model: nn.Module, importance: dict[str, Te
     return sum(term.sum() for term in terms)
 
 
-def freeze(model: common.DeepLabV3, what: str) -> None:
-    """--freeze, after step 0. What is frozen keeps its weights, BatchNorm its statistics too.
-
-    what        batchnorm (as DKD does); old: all but the newest classifiers (DFT)
-    """
-    if what == "old":
-        model.eval().requires_grad_(False)
-        model.classifiers[-1].requires_grad_(True)
-    else:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval().requires_grad_(False)
+def freeze_old(model: common.DeepLabV3) -> None:
+    """DFT: all but the newest classifiers keep their weights, BatchNorm its statistics too."""
+    model.eval().requires_grad_(False)
+    model.classifiers[-1].requires_grad_(True)
 
 
 def sgd(model: common.DeepLabV3, lr: float, args: argparse.Namespace) -> torch.optim.SGD:
-    """One rate and weight decay for all that learns; --head-lr raises what is not trunk."""
+    """One rate and weight decay for all; --head-lr raises what is not trunk."""
     head = [p for name, p in model.named_parameters() if not name.startswith("trunk.")]
     groups = [
         {"params": model.trunk.parameters(), "lr": lr},
@@ -385,7 +377,7 @@ def distillation_weight(args: argparse.Namespace) -> float:
 
 def published_name(args: argparse.Namespace) -> str:
     """The row of the grid in data/published.csv."""
-    if args.replay or args.labels != "masked" or args.alpha != 1 or args.freeze != "nothing":
+    if args.replay or args.labels != "masked" or args.alpha != 1 or args.freeze_old:
         return ""
     ewc = "EWC" if args.ewc else ""
     return {
@@ -411,8 +403,10 @@ def main(args: argparse.Namespace) -> None:
         model.train()
         if args.init == "background" and not first:
             initialise(model)
-        if args.freeze != "nothing" and not first:
-            freeze(model, args.freeze)
+        if args.freeze_old and not first:
+            freeze_old(model)
+        if args.freeze_batchnorm and not first:
+            common.freeze_batchnorm(model)
         weights = importance(run, step, old_model) if args.ewc and not first else None
         memory = replay(run.data, step, args.replay)
         label_table = step_labels(run.data, step, args.labels)
@@ -1128,8 +1122,10 @@ def flags() -> argparse.ArgumentParser:
     add("--alpha", type=rate, default=1.0, help="sharpens the old model's softmax (1: code)")
     text = "new classifiers: shares of the background's, or random (background: paper)"
     add("--init", choices=("background", "random"), default="background", help=text)
-    text = "after step 0: BatchNorm, or all that is old: only new classifiers learn (nothing: code)"
-    add("--freeze", choices=("nothing", "batchnorm", "old"), default="nothing", help=text)
+    text = "DFT: after step 0 only the new classifiers learn (off)"
+    add("--freeze-old", action="store_true", help=text)
+    text = "after step 0 BatchNorm keeps its statistics and weights: for small batches (off: code)"
+    add("--freeze-batchnorm", action="store_true", help=text)
     kinds = ("masked", "ignore-old", "ignore-background", "oracle", "pseudo")
     text = "old classes' pixels in new images: as --setting says; left out; left out with all "
     text += "background; their true class; the old model's prediction (masked)"

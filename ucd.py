@@ -429,6 +429,8 @@ def main(args: argparse.Namespace) -> None:
         if not first:
             initialise(model)
             thresholds = find_thresholds(run, step, old_model) if plop else None
+        if args.freeze_batchnorm and not first:
+            common.freeze_batchnorm(model)
         optimizer = sgd(model, common.per_step(args.lr, step), args)
         net = run.parallel(model)
         for images, labels in run.batches(step, model, optimizer):
@@ -492,6 +494,8 @@ def flags() -> argparse.ArgumentParser:
     add("--pod", type=rate, help=text)
     text = "plop: factor of Local POD on the logits (voc 0.0005, ade 0.00001: code; shapes 0.00005)"
     add("--pod-logits", type=rate, help=text)
+    text = "after step 0 BatchNorm keeps its statistics and weights: for small batches (off: code)"
+    add("--freeze-batchnorm", action="store_true", help=text)
     text = "ASPP's, head's and classifiers' rate is this times --lr (1: code)"
     add("--head-lr", type=rate, default=1.0, help=text)
     return parser

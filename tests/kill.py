@@ -37,7 +37,7 @@ shapes.TRAIN, shapes.TEST = 60, 12
 FLAGS = (
     "--dataset shapes --task 10-5 --setting overlapped --crop 32 --batch 4 --epochs 3 --device cpu"
 )
-OWN = {"dkd": "--memory 10", "mib_unbiased": "--replay 10 --ewc 1", "icd": "--attention trained"}
+OWN = {"dkd": "--memory 10", "mib_unbiased": "--replay 10 --ewc 1"}
 WRITE = 3  # one of so many kills waits for a file that is being written
 
 

@@ -223,7 +223,6 @@ def test_mibs_initialisation_is_the_same_in_three_scripts():
         ("--no-external --statistics pod", {"ce", "internal"}),
         ("--base mib --statistics means", {"ce", "kd", "internal", "external"}),
         ("--levels 3 4 5 --precision bf16", {"ce", "internal", "external"}),
-        ("--attention trained", {"ce", "auxiliary", "internal", "external"}),
     ],
 )
 def test_every_row_of_the_ablation_runs(start, flags, parts):
@@ -232,17 +231,3 @@ def test_every_row_of_the_ablation_runs(start, flags, parts):
     (folder,) = Path("one").iterdir()
     header = {*(folder / "train.csv").read_text().splitlines()[0].split(",")}
     assert header == {"step", "iteration", "lr_factor", *parts}
-
-
-@pytest.mark.slow
-def test_trained_attention_learns_in_step_0_and_then_stays(start):
-    flags = f"{TINY} --task 18-1 --epochs 1 --attention trained"
-    assert start(flags, method="icd")[0] == 0
-    folder = Path("runs/icd-voc-18-1-overlapped-s0")
-    states = [torch.load(folder / f"step_{k}.pt", weights_only=True)["model"] for k in range(3)]
-    own = [k for k in states[0] if k.startswith(("external.", "auxiliary."))]
-    assert all(torch.equal(state[k], states[0][k]) for state in states[1:] for k in own)
-    fresh = icd.ExternalDistillation([16, 32, 64, 128, 64]).state_dict()
-    assert not torch.equal(states[0]["external.project.0.weight"], fresh["project.0.weight"])
-    status, _, err = start(f"{flags} --step0 {folder}/step_0.pt --out two", method="icd")
-    assert status == 2 and "it learns in step 0, so without --step0" in err
