@@ -50,8 +50,8 @@ Differences between the published codes that this borrows from (c) and this file
     shapes (see data/RESULTS.md), 15-1, all, three seeds: 66.2 with the thresholds of the code, 59.0
     with medians.
  2. PLOP's cells on maps that are not square. c: measured by the width. Here by the shorter side.
- 3. Network: as in difference 18 of ucd.py. The schedule is MiB's and PLOP's; msrc, folder and
-    shapes are ours, rates as in mib_unbiased.py.
+ 3. Network, BatchNorm after step 0: as in differences 18 and 19 of ucd.py. The schedule is MiB's
+    and PLOP's; msrc, folder and shapes are ours, rates as in mib_unbiased.py.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ Differences between the papers (p), the authors' code (c) and this file:
     baseline of later papers.
  3. Schedule. p: 1000 iterations per class, batch 4, crop 321, rate 1e-4 then 5e-5, BatchNorm's
     statistics frozen. Here MiB's, for all its baselines: 30 epochs, batch 24, crop 512, rate 0.01
-    then 0.001, BatchNorm learning.
+    then 0.001, BatchNorm learning; --freeze-batchnorm freezes it after step 0.
  4. Encoder map. p: the squared norm per image; c: the mean over its elements, weight 50. As c.
  5. Frozen encoder. c: it still decays with the weights. Here it does not change at all.
  6. Teacher. c: its outputs are stored once, for one random crop per image. Here it sees each crop.
