@@ -1687,7 +1687,7 @@ def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
         args = flags.parse_args()
     except UnicodeDecodeError as error:
         raise InputError(f"@FILE: not a text with one flag per line ({error})") from None
-    typed = {k: v for k, v in vars(args).items() if v != flags.get_default(k)}
+    typed = {k: v for k, v in vars(args).items() if v != flags.get_default(k) and k != "recipes"}
     args.typed = [word for key, value in typed.items() for word in tables.as_typed(key, value)]
     if (args.backbone or "").startswith("swin"):
         args.output_stride = args.output_stride or 32  # the recipes have that of a ResNet

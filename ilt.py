@@ -295,13 +295,11 @@ def main(args: argparse.Namespace) -> None:
 
 
 class Preset(argparse.Action):
-    """Fills in a preset's values wherever nothing has been typed; what is typed later stays too."""
+    """Puts a preset's values into the recipes, which fill in what is not typed."""
 
     def __call__(self, parser, namespace, value, option_string=None) -> None:
         namespace.preset = value
-        for key, chosen in PRESETS[value].items():
-            if getattr(namespace, key) is None:
-                setattr(namespace, key, chosen)
+        namespace.recipes = {name: recipe | PRESETS[value] for name, recipe in RECIPE.items()}
 
 
 def flags() -> argparse.ArgumentParser:

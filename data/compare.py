@@ -224,7 +224,7 @@ def cells(row: dict, shared: Sequence[str]) -> dict[str, str]:
         text[key] = ", ".join(sorted({run["columns"][key] for run in runs}))
     minutes = np.array([run["minutes"] for run in runs], float)
     taken = bool(np.isnan(minutes[:, 0]).any())  # --step0: from another run
-    text["minutes"] = f"{minutes[:, taken:].sum(1).mean():.3g}" + " without step 0" * taken
+    text["minutes"] = f"{minutes[:, taken:].sum(1).mean():.1f}" + " without step 0" * taken
     own = [flag for flag in runs[0]["typed"] if flag not in shared]
     text["command"] = f"`{' '.join([runs[0]['method'] + '.py', *own])}`"
     return text

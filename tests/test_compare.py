@@ -65,7 +65,7 @@ def test_the_table_has_a_row_per_configuration_and_what_was_published(tmp_path, 
     joined, mib, mine, joint = found
     # all count the background, whose IoU is 0 here, as what was published for them in some table
     assert joined["base"] == f"{55 * 15 / 16:.1f} ± {50**0.5 * 15 / 16:.1f}"
-    assert joined["seeds"] == "0, 1" and joined["minutes"] == "9" and joined["task"] == "15-1"
+    assert joined["seeds"] == "0, 1" and joined["minutes"] == "9.0" and joined["task"] == "15-1"
     assert joined["published"].startswith("78.09 / 42.72 / 69.67 (with background; DKD Table 1")
     assert mib["base"] == f"{40 * 15 / 16:.1f}" and "averages with background" in above
     assert mib["published"].startswith("34.22 / 13.5 / 29.29 (with background; PLOP Table 1")
