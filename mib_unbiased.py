@@ -912,7 +912,8 @@ def retrain(pair: Pair, depth: str, args: argparse.Namespace) -> dict[str, dict]
             loss.backward()
             optimizer.step()
         found = common.evaluate(model.eval(), common.most_likely, run.data, everything)
-        result[name] = found["with_background"]
+        iou = torch.tensor(np.array([*found["iou"].values()], float))
+        result[name] = common.averages(iou, pair.base, True)
     return result
 
 
