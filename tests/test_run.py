@@ -479,3 +479,13 @@ def test_the_benchmark_of_losses_runs():
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len([line for line in done.stdout.splitlines() if "151" in line]) == 4
+
+
+@slow
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "dkd"])
+def test_frozen_batchnorm_keeps_the_statistics_of_step_0(start, method):
+    assert start(f"{TINY} --setting overlapped --freeze-batchnorm", method=method)[0] == 0
+    before, after = (weights(trees.folder_name(method), step) for step in (0, 1))
+    statistics = [k for k in before if ".running_" in k]
+    assert statistics and all(torch.equal(before[k], after[k]) for k in statistics)
+    assert not torch.equal(before["head.0.weight"], after["head.0.weight"])
