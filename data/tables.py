@@ -138,7 +138,7 @@ def best_published(
 
 def averaging_convention(row: dict[str, str]) -> str:
     """What a published row's averages of base and all cover."""
-    return "no background" if row["convention"].startswith("A") else "with background"
+    return "no background" if row["convention"] in ("A", "A/B as A") else "with background"
 
 
 def without_nan(value: object) -> object:

@@ -33,3 +33,12 @@ def test_a_class_has_its_place_in_the_table_and_its_row_in_the_csv_file():
     assert rows[2] == ["a, b", "0", "12.35", "12.35"] and rows[4] == ["new", "1", "", "0.00"]
     assert rows[3][2:] == ["", ""]
     assert tables.iou_csv([], []) == "class,learned_in\n"  # the only checkpoint was damaged
+
+
+def test_a_row_that_fits_both_averages_counts_as_the_rest_of_its_table():
+    """PLOP's Table 1 has ILT's numbers with the background; MiB's has others, without it."""
+    place = "voc", "15-1", "overlapped", "ILT"
+    best = tables.best_published(*place, "with background")
+    assert (best["old"], best["all"], best["source"]) == ("8.75", "8.56", "PLOP Table 1")
+    assert tables.averaging_convention(best) == "with background"
+    assert tables.best_published(*place, "no background")["source"] == "MiB Table 1"
