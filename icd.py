@@ -431,11 +431,10 @@ def initialise(model: common.DeepLabV3) -> None:
 
 
 def make_external(run: common.Run, model: common.DeepLabV3) -> ExternalDistillation:
-    """The external term, for the maps that `model` gives; frozen."""
+    """The external term, for the maps that `model`, in eval mode, gives; frozen."""
     with torch.no_grad():
         probe = torch.zeros(1, 3, 64, 64, device=run.args.device)
-        maps = levels_of(model.eval()(probe)[1], run.args.levels)
-        model.train()
+        maps = levels_of(model(probe)[1], run.args.levels)
     external = ExternalDistillation([m.shape[1] for m in maps], seed=run.args.seed)
     return external.requires_grad_(False).to(run.args.device)
 
@@ -467,7 +466,7 @@ def main(args: argparse.Namespace) -> None:
         if not first:
             initialise(model)
             thresholds = find_thresholds(run, step, old_model) if plop else None
-            external = make_external(run, model) if args.external else None
+            external = make_external(run, old_model) if args.external else None
         gamma = math.sqrt(step.channels / len(step.new))
         if args.freeze_batchnorm and not first:
             common.freeze_batchnorm(model)
