@@ -330,11 +330,11 @@ def test_thresholds_are_medians_of_the_entropy_of_each_predicted_class(few_shape
         if not len(values):
             expected = 0.001
         elif kind == "median":
-            expected = max(0.001, np.median(values))
+            expected = max(0.001, np.sort(values)[(len(values) - 1) // 2])
         else:
             counts = torch.tensor(np.histogram(values, 100, (0, 1))[0]).double()
             expected = max(0.001, plops_median(counts).item())
-        assert found[c].item() / unit == pytest.approx(expected, abs=1e-3), c
+        assert found[c].item() / unit == pytest.approx(expected, abs=6e-4), c
     assert found[5].item() == pytest.approx(0.001 * unit)
     assert (predicted == 5).sum() == 0 and predicted.unique().numel() > 5
 
