@@ -373,7 +373,7 @@ def test_a_copy_of_a_compiled_model_has_statistics_of_its_own(monkeypatch, compi
                 statistic += 1
         assert not torch.allclose(other(images)[0], before, atol=1e-3)
         assert torch.equal(model(images)[0], before)
-    assert compiler.frame_count == 1
+    assert compiler.frame_count == 1 or torch.__version__ < (2, 5)  # compiles each model anew
 
 
 class Waits(TorchDispatchMode):
