@@ -114,13 +114,12 @@ RECIPE["folder"] = RECIPE["msrc"] | {"epochs": [60], "backbone": "mobilenet_v2",
 RECIPE["shapes"] = RECIPE["voc"] | {
     "epochs": [15],
     "batch": 8,
-    "lr": [0.02, 0.001],
+    "lr": [0.02, 0.002],
     "crop": 64,
     "backbone": "small",
     "weights": "none",
     "output_stride": 8,
     "bn_momentum": 0.1,
-    "positive_weight": [2.0, 5.0],
 }
 WEIGHT_DECAY = 1e-4  # code; in step 0 of everything, later of the newest classifier
 
@@ -338,7 +337,7 @@ def flags() -> argparse.ArgumentParser:
     add("--distil-negative", action=switch, default=True, help="negative evidence, Eq. 9 (on)")
     text = "new classifiers, Eq. 11 (auxiliary: paper)"
     add("--init", choices=("auxiliary", "random"), default="auxiliary", help=text)
-    text = "gamma, Eq. 3, step 0 and later (voc 2 1, ade 35: paper; shapes 2 5)"
+    text = "gamma, Eq. 3, step 0 and later (voc 2 1, ade 35: paper)"
     add("--positive-weight", type=rate, nargs="+", help=text)
     text = "BatchNorm frozen and dropout off after step 0 (on: code)"
     add("--freeze", action=switch, default=True, help=text)

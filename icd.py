@@ -106,8 +106,8 @@ RECIPE["shapes"] = RECIPE["voc"] | {
     "dilate_first": False,
     "internal_weight": 0.1,  # of 10, 1, 0.3, 0.1 the best on held-out training images
     "external_weight": 0.01,  # of 1, 0.3, 0.1, 0.03, 0.01 likewise
-    "pod": 0.001,  # likewise, in ucd.py
-    "pod_logits": 0.00005,
+    "pod": 0.0003,  # likewise, in ucd.py
+    "pod_logits": 1.5e-5,
 }
 WEIGHT_DECAY = 1e-4  # of all parameters: MiB's code
 LEVELS = (1, 2, 3, 4, 5)
@@ -521,9 +521,9 @@ def flags() -> argparse.ArgumentParser:
     add("--levels", type=int, nargs="+", default=[*LEVELS], metavar="LEVEL", help=text)
     add("--internal-weight", type=rate, help="(voc 10, ade 3, shapes 0.1)")
     add("--external-weight", type=rate, help="(voc 1, ade 0.3, shapes 0.01)")
-    text = "factor of Local POD on the levels (voc 0.01, ade 0.001: PLOP's code; shapes 0.001)"
+    text = "factor of Local POD on the levels (voc 0.01, ade 0.001: PLOP's code; shapes 0.0003)"
     add("--pod", type=rate, help=text)
-    text = "factor of Local POD on the logits (voc 0.0005, ade 0.00001: code; shapes 0.00005)"
+    text = "factor of Local POD on the logits (voc 0.0005, ade 0.00001: code; shapes 1.5e-5)"
     add("--pod-logits", type=rate, help=text)
     text = "plop: a class's threshold: as in PLOP's code, or the median entropy, as in its paper "
     text += "(published)"
