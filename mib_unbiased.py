@@ -87,7 +87,7 @@ Differences between MiB's paper (p), the authors' code (c) and this file:
     BladeDancer957/RevisitingCSS). c: a softmax over the classes of all steps from step 0 on, and
     in 15-1 a rate of 0.0005 in later steps. Here each step adds its classifiers, at MiB's rate.
 14. BatchNorm after step 0. c: learns, and follows the batches of each step. As c; small batches
-    need --freeze-batchnorm (2,292 photographs, batch 6, 15-1, all: 28.1 for 8.1).
+    need --freeze-batchnorm (2,292 photographs, batch 6, 15-1, all: 25.2 for 10.1).
 15. msrc, folder, shapes: not in the papers, the recipes are ours. For shapes the rate was chosen
     among 0.03, 0.1 and 0.3 on the joint run with --held-out 0.2.
 """
