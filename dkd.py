@@ -65,7 +65,8 @@ Differences between the paper (p), the authors' code (c) and this file:
     seed 0).
 13. ADE20K's 100-50 list of step 0. c: all 20,210 images; here the rule's 20,192, as c in 100-10.
 14. A class without a pixel in the test. c: counts as IoU 0. Here it is left out of the means.
-15. msrc, folder, shapes: not in the paper, the recipes are ours. For shapes, rate and epochs were
+15. Test masks of VOC. c: SegmentationClass; here SegmentationClassAug, as the other codes.
+16. msrc, folder, shapes: not in the paper, the recipes are ours. For shapes, rate and epochs were
     chosen on the joint run (--task offline); on held-out training images, gamma and a tenth of the
     rate in later steps, both as on VOC, were best.
 """
@@ -344,7 +345,7 @@ def flags() -> argparse.ArgumentParser:
     add("--freeze", action=switch, default=True, help=text)
     text = "ASPP's, head's and classifiers' rate is this times --lr (10: code)"
     add("--head-lr", type=rate, default=10.0, help=text)
-    text = "DKD-M: images of earlier steps (0; 100 on voc, 300 on ade: paper)"
+    text = "DKD-M: images of earlier steps (0; 100 on voc, 300 on ade: code)"
     add("--memory", type=common.natural, default=0, metavar="N", help=text)
     return parser
 

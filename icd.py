@@ -45,12 +45,13 @@ and ADE20K with ResNet-101. PLOP's twelve iterations are those of its authors' t
 too (tests/test_trajectories.py).
 
 Differences between the published codes that this borrows from (c) and this file:
- 1. PLOP's thresholds, maps, weights of images and step 0: as c; see differences 11-15 of ucd.py.
+ 1. PLOP's thresholds, maps, weights of images and step 0: as c; see differences 12-16 of ucd.py.
     --thresholds median are the medians of PLOP's paper. Pseudo-labels alone on shapes,
     15-1, all, three seeds: 71.9 with the thresholds of the code, 60.8 with medians.
  2. PLOP's cells on maps that are not square. c: measured by the width. Here by the shorter side.
- 3. Network, BatchNorm after step 0: as in differences 18 and 19 of ucd.py. The schedule is MiB's
-    and PLOP's; msrc, folder and shapes are ours, rates as in mib_unbiased.py.
+ 3. Network, BatchNorm after step 0, precision, epochs of VOC's 10-1: as in differences 18 and 20 to
+    22 of ucd.py. The schedule is MiB's and PLOP's; msrc, folder and shapes are ours, rates as in
+    mib_unbiased.py.
 """
 
 from __future__ import annotations

@@ -53,18 +53,23 @@ Differences between the papers (p), the authors' code (c) and this file:
     --output-pixels all takes all valid pixels, those of new classes too, as p (shapes, 15-1,
     all, seed 0: 74.2; on the pixels of c 76.0). --student old is the form of MiB's code (softmax
     over the old channels only, all pixels, mean over channels), which later papers call ILT.
- 2. Network. p: DeepLabV2, ResNet-101 pre-trained on MS COCO. Here DeepLabV3 and ImageNet, as in the
-    baseline of later papers.
- 3. Schedule. p: 1000 iterations per class, batch 4, crop 321, rate 1e-4 then 5e-5, BatchNorm's
+ 2. Network. p: DeepLabV2, ResNet-101 at stride 8, pre-trained on MS COCO. Here DeepLabV3 at stride
+    16 and torchvision's ImageNet weights; the baseline of later papers has in-place ABN's.
+ 3. Schedule. p: 1000 iterations per class, batch 4, rate 1e-4 then 5e-5; c: crop 321, BatchNorm's
     statistics frozen. Here MiB's, for all its baselines: 30 epochs, batch 24, crop 512, rate 0.01
     then 0.001, BatchNorm learning; --freeze-batchnorm freezes it after step 0.
  4. Encoder map. p: the squared norm per image; c: the mean over its elements, weight 50. As c.
  5. Frozen encoder. c: it still decays with the weights. Here it does not change at all.
  6. Teacher. c: its outputs are stored once, for one random crop per image. Here it sees each crop.
- 7. Weight decay. p: not on biases and BatchNorm. Here on everything, as MiB's code.
+ 7. Weight decay. p: 1e-4; c: not on biases and BatchNorm. Here on everything, as MiB's code.
  8. MSRC-v2. The journal's classes, order and schedule could not be read: the creators' order, and
     the tasks 20-1, 16-5, 16-1 by analogy with VOC. It has no background: unlabelled is ignored, and
     channel 0 stays without a target under --setting sequential.
+ 9. Test images. c: whole. Here the centre crop of the later papers.
+10. ADE20K, --preset baseline. MiB's code: id 0 is left out of the test, and "disjoint" is a stored
+    list (difference 16 of mib_unbiased.py). Here id 0 counts as background, as in the rows of later
+    papers, and disjoint is the rule of VOC.
+11. Precision. c, and MiB's code: float32. Here bfloat16 on a GPU; --precision fp32 is theirs.
 """
 
 from __future__ import annotations
@@ -78,8 +83,8 @@ from torch import Tensor
 import common
 from common import IGNORE
 
-# Filled in where the user typed nothing. paper: what did best in the workshop paper's 19-1 and
-# 15-1, the code's weight. baseline: MiB's code, method ILT.
+# Filled in where the user typed nothing. paper: what did best in the workshop paper's 15-1, the
+# code's weight. baseline: MiB's code, method ILT.
 PRESETS = {
     "paper": {
         "setting": "sequential",

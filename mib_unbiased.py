@@ -33,7 +33,7 @@ The grid. The rows down to MiB, and joint, are in MiB's own tables (weights of t
     --ce plain --init random                            unbiased distillation only
     --init random                                       MiB without its initialisation
     (no flag)                                           MiB
-    --ce plain --kd none --init random --freeze-old     DFT: only the new classifiers learn
+    --ce plain --kd none --init random --freeze-old     DFT*: only the new classifiers learn
     --ce plain --kd none --init random --replay 100     images of earlier steps are kept
     --ce plain --kd none --init random --labels KIND    R2: which labels the old classes' pixels get
     --task offline                                      joint
@@ -64,31 +64,38 @@ Differences between MiB's paper (p), the authors' code (c) and this file:
  3. Weight. p: chosen on held-out images; c: 10. The author later gave 100 for 15-1 and 10 for the
     other tasks (issues #22, #43, and MiB's second code): in his runs of 15-1 the old classes end at
     37-42 with 100, at 37-39 with 10 (#22). As the author. Plain distillation (LwF): c: 100; LwF-MC:
-    10, times the old channels, in c as here.
+    10, times the old channels, in c as here. PLOP's authors ran MiB again, with 10 in all tasks and
+    void left out; where a table counts the background, the published row is theirs: --kd-weight 10
+    --ignore void.
  4. Void. c: background in VOC's training. As c; --ignore later void leaves it out.
  5. Mean of cross-entropy. c: over all pixels; here over the valid ones. With 4. it is the same.
  6. Initialisation. c: the background's bias is lowered again in each step. As c.
  7. Old labels in a step's images. c: count as background. Here they stay targets where --labels,
     --replay or --setting sequential show them; otherwise there are none.
- 8. Network. c: in-place ABN with leaky ReLU (slope 0.01), no 3x3 convolution behind the ASPP,
-    Xavier start of the head, rates 12, 24, 32 at stride 8, no dropout. Here torchvision's ASPP with
-    BatchNorm and ReLU, a 3x3 convolution behind it, torchvision's start, rates 12, 24, 36, no
-    dropout. The BatchNorm of c over the joined branches of the ASPP is one per branch: the same.
+ 8. Network. c: in-place ABN with leaky ReLU (slope 0.01) and its authors' ImageNet weights, no 3x3
+    convolution behind the ASPP, Xavier start of the head, rates 12, 24, 32 at stride 8, no dropout.
+    Here BatchNorm and ReLU, torchvision's weights, ASPP and start, a 3x3 convolution behind the
+    ASPP, rates 12, 24, 36, no dropout. The BatchNorm of c over the joined branches of the ASPP is
+    one per branch: the same.
     The dilations of the trunk are those of c, as in every published number of MiB and of the codes
     built on it (--dilate-first); for shapes they are torchvision's.
  9. EWC. c: a running mean of squared mini-batch gradients from the training itself, scaled to 0-1
     in each tensor. Here measured at each step's end, summed over the steps, scaled by the maximum:
     nothing then has to be carried through step 0, and --step0 serves every row.
 10. Replay is not in c. Images are drawn class by class from the steps in which their class was new.
-11. ADE20K's id 0 in the test. c: ignored. As c; --ignore later counts it as background.
+11. ADE20K's id 0 in the test. c: ignored. As c; --ignore later counts it as background, --ignore
+    with nothing behind it also what is of later steps, as PLOP and all rows with background.
 12. Rate of ASPP, head and classifiers. c: the trunk's. As c; --head-lr is for small data.
-13. DFT, the frozen baseline (Zhang et al.: Revisiting Continual Semantic Segmentation with
-    Pre-trained Vision Models, arXiv 2508.04267, who call it DFT*; read in the authors' code,
-    BladeDancer957/RevisitingCSS). c: a softmax over the classes of all steps from step 0 on, and
-    in 15-1 a rate of 0.0005 in later steps. Here each step adds its classifiers, at MiB's rate.
+13. DFT*, the frozen baseline (Zhang et al.: Revisiting Continual Semantic Segmentation with
+    Pre-trained Vision Models, arXiv 2508.04267, in which DFT is fine-tuning; read in the authors'
+    code, BladeDancer957/RevisitingCSS). c: a softmax over the classes of all steps from step 0 on;
+    in 15-1 a rate of 0.02, then 0.0005. Here each step adds its classifiers, at MiB's rates.
 14. BatchNorm after step 0. c: learns, and follows the batches of each step. As c; small batches
     need --freeze-batchnorm (2,292 photographs, batch 6, 15-1, all: 25.2 for 10.1).
-15. msrc, folder, shapes: not in the papers, the recipes are ours. For shapes the rate was chosen
+15. Precision. c: float32. Here bfloat16 on a GPU; --precision fp32 is c's.
+16. ADE20K, disjoint. c: stored lists, drawn with a seed that is lost (100-50: 13,452 and 6,744
+    images); MiB's Table 2 is of them. Here the rule of VOC: 10,806 and 9,390.
+17. msrc, folder, shapes: not in the papers, the recipes are ours. For shapes the rate was chosen
     among 0.03, 0.1 and 0.3 on the joint run with --held-out 0.2.
 """
 
@@ -354,7 +361,7 @@ def ewc_penalty(model: nn.Module, old_model: nn.Module, importance: dict[str, Te
 
 
 def freeze_old(model: common.DeepLabV3) -> None:
-    """DFT: all but the newest classifiers keep their weights, BatchNorm its statistics too."""
+    """DFT*: all but the newest classifiers keep their weights, BatchNorm its statistics too."""
     model.eval().requires_grad_(False)
     model.classifiers[-1].requires_grad_(True)
 
@@ -1125,7 +1132,7 @@ def flags() -> argparse.ArgumentParser:
     add("--alpha", type=rate, default=1.0, help="sharpens the old model's softmax (1: code)")
     text = "new classifiers: shares of the background's, or random (background: paper)"
     add("--init", choices=("background", "random"), default="background", help=text)
-    text = "DFT: after step 0 only the new classifiers learn (off)"
+    text = "DFT*: after step 0 only the new classifiers learn (off)"
     add("--freeze-old", action="store_true", help=text)
     text = "after step 0 BatchNorm keeps its statistics and weights: for small batches (off: code)"
     add("--freeze-batchnorm", action="store_true", help=text)

@@ -53,29 +53,35 @@ UCD:
  8. No positive pair. c: an error, or not a number. Here 0.
  9. Distillation's weight on MiB. c: 10 in every task. As c; mib_unbiased.py takes 100 for 15-1.
 10. Cross-entropy on MiB. c: the mean over all pixels, void ones too. As c.
+11. PLOP + UCD. c: one of its two scripts for VOC has a temperature of 1, the other 0.07; its
+    factors of Local POD on ADE20K are those of VOC. Here 0.07, and PLOP's factors.
 PLOP:
-11. Maps of Local POD. c: six: the four stages before their last ReLU, the map that the classifiers
+12. Maps of Local POD. c: six: the four stages before their last ReLU, the map that the classifiers
     read, the logits. As c (without the fifth 75.1, with it 75.0).
-12. Thresholds. p: the median entropy of a class. c: read from a histogram of 100 bins, in which the
+13. Thresholds. p: the median entropy of a class. c: read from a histogram of 100 bins, in which the
     entropies, divided twice by a logarithm of the number of classes and once by the number, fill
     the first two or three: nearly one threshold for all classes, for most half the first bin, 0.23
     of the greatest entropy at 15-1's step 1. As c: 75.0; --thresholds median: 59.2.
-13. The same histogram. c: adds indices of bins, not counts, below a bin (published_median); looks
+14. The same histogram. c: adds indices of bins, not counts, below a bin (published_median); looks
     at one random crop per image, the last incomplete batch left out. As c. c: each process has
     thresholds of its own part of the images; here all look at the whole step.
-14. Images without any background. c: they weigh 0. As c. On shapes there are none.
-15. Step 0. c: cross-entropy is the mean over all pixels, void ones too. As c. On shapes there are
+15. Images without any background. c: they weigh 0. As c. On shapes there are none.
+16. Step 0. c: cross-entropy is the mean over all pixels, void ones too. As c. On shapes there are
     none.
-16. Cells of Local POD on maps that are not square. c: measured by the width. Here by the shorter
+17. Cells of Local POD on maps that are not square. c: measured by the width. Here by the shorter
     side. All training maps are square.
+18. Epochs of VOC's 10-1. c: 10 in the later steps, 30 in its other tasks of VOC. Here 30 in all;
+    --epochs 30 10 is c's.
 Both:
-17. Several devices: each contrasts its own images. As c.
-18. Network. c: in-place ABN with leaky ReLU, no 3x3 convolution behind the ASPP, Xavier start of
-    the head, rates 12, 24, 32 at stride 8. Here torchvision's ASPP with BatchNorm and ReLU, and a
-    3x3 convolution. The dilations of the trunk are those of c (--dilate-first), but for shapes.
-19. BatchNorm after step 0. c: learns, and follows the batches of each step. As c; small batches
+19. Several devices: each contrasts its own images. As c.
+20. Network. c: in-place ABN with leaky ReLU and its authors' ImageNet weights, no 3x3 convolution
+    behind the ASPP, Xavier start of the head, rates 12, 24, 32 at stride 8. Here torchvision's ASPP
+    and weights, BatchNorm and ReLU, and a 3x3 convolution. The dilations of the trunk are those of
+    c (--dilate-first), but for shapes.
+21. BatchNorm after step 0. c: learns, and follows the batches of each step. As c; small batches
     need --freeze-batchnorm (PLOP, 2,292 photographs, batch 6, 15-1, all: 22.4 for 12.6).
-20. msrc, folder, shapes: not in the papers, the recipes are ours, rates as in mib_unbiased.py.
+22. Precision. c: apex's mixed float16 (PLOP), float32 (MiB + UCD). Here bfloat16 on a GPU.
+23. msrc, folder, shapes: not in the papers, the recipes are ours, rates as in mib_unbiased.py.
 """
 
 from __future__ import annotations

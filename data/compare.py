@@ -155,7 +155,8 @@ def table_rows(runs: Sequence[dict]) -> list[dict]:
 
     A joint run (--task offline) has one step, in which all classes are learned: its classes are
     divided, averaged and compared as those of the first other task on its data set. All rows count
-    the background, unless everything that was published for them leaves it out.
+    the background, unless everything that was published for them leaves it out, or the test does
+    (MSRC-v2; ADE20K with --ignore other).
 
     returns     "name"; "runs"; "values" [runs, steps, 3]: base, new, all in percent; "published":
                 a row of data/published.csv or None; "averages": what base and all cover
@@ -169,26 +170,35 @@ def table_rows(runs: Sequence[dict]) -> list[dict]:
         likes[key] = next(others, run) if run["task"] == "offline" else run
     found = [published_row(run, likes[key]) for key, (run, *_) in groups.items()]
     conventions = {averaging_convention(row) for row in found if row}
-    averages = "no background" if conventions == {"no background"} else "with background"
+    background = conventions != {"no background"}
     rows = []
     for (key, group), best in zip(groups.items(), found, strict=True):
         base = common.task_steps(likes[key]["task"], len(group[0]["iou"][-1]) - 1)[0].last
-        background = averages == "with background"
         values = [[common.averages(iou, base, background) for iou in r["iou"]] for r in group]
         values = np.array([[[step[k] for k in AVERAGES] for step in steps] for steps in values])
         row = {"name": group[0]["name"], "runs": group, "values": values, "published": best}
-        rows.append(row | {"averages": averages})
+        rows.append(row | {"averages": averaging(background and tests_background(group[0]))})
     return rows
 
 
+def tests_background(run: dict) -> bool:
+    return not run["iou"][-1][common.BACKGROUND].isnan()
+
+
+def averaging(background: bool) -> str:
+    return "with background" if background else "no background"
+
+
 def published_row(run: dict, like: dict) -> dict[str, str] | None:
-    """What was published for a run, in its data set's own order; if possible with the background.
+    """What was published for a run, in its data set's own order; if possible averaged as the run.
 
     like        the run itself, or what a joint run is compared as
     """
     name = run["published"] if like is run else "Joint"
     place = like["dataset"], like["task"], like["setting"], name
-    return best_published(*place, "with background") if like["order"] == "own" else None
+    if like["order"] != "own":
+        return None
+    return best_published(*place, averaging(tests_background(run)))
 
 
 def markdown(rows: Sequence[dict]) -> str:

@@ -19,7 +19,7 @@ from data import compare, files
 slow = pytest.mark.slow
 
 
-def finished(folder, script, flags, iou, published="", steps=6, **changes):
+def finished(folder, script, flags, iou, published="", steps=6, background=0.0, **changes):
     """What a run leaves for the table: every class has this IoU after every step."""
     args = script.flags().parse_args(shlex.split(flags))
     common.fill_in(vars(args))
@@ -29,7 +29,7 @@ def finished(folder, script, flags, iou, published="", steps=6, **changes):
     config |= {"published": published, "classes": names}
     step = {"test_images": 7, "timing": {"minutes": 1.5}}
     step |= {"with_background": {}, "without_background": {}}
-    step["iou"] = {name: 0.0 if name == "background" else iou for name in names}
+    step["iou"] = {name: background if name == "background" else iou for name in names}
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.json").write_text(
@@ -89,6 +89,19 @@ def test_a_single_run_is_one_whole_row(tmp_path, capsys):
     (row,) = rows(capsys.readouterr().out)
     assert (row["method"], row["class order"]) == ("ilt", "mine.txt")
     assert row["command"] == "`ilt.py --keep-later`"
+
+
+def test_a_run_that_does_not_test_the_background_stands_beside_averages_without_it(
+    tmp_path, capsys
+):
+    """ADE20K's id 0, ignored in the test, has no IoU."""
+    given = mib_unbiased, "--dataset ade --task 100-50", 40, "MiB"
+    for name, background, covers in (("a", None, "no background"), ("b", 0.0, "with background")):
+        run = finished(tmp_path / name, *given, steps=2, background=background)
+        assert compare.main([run]) == 0
+        (row,) = rows(capsys.readouterr().out)
+        assert row["averages"] == covers, row
+        assert row["base"] == ("40.0" if background is None else f"{40 * 100 / 101:.1f}")
 
 
 def test_the_command_has_what_was_typed_not_what_the_script_filled_in(tmp_path, capsys):
