@@ -8,6 +8,7 @@ The border: if two papers could disagree about it, it is in the method file. In 
     metric      confusion matrix, IoU, the averages of the published tables, evaluation
     dense       losses of logits at the size of the labels, some rows at a time
     run         batches, schedule, checkpoints, resume, log, results
+    processes   several of them under torchrun, and signals
     flags       the command line; start and end of a script
 """
 
@@ -81,7 +82,7 @@ BACKGROUND = 0
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in 0 ... 1
 STD = (0.229, 0.224, 0.225)
 HERE = Path(__file__).resolve().parent
-STRIP = (2**20, 2**26)  # numbers at a time in full-size maps: what the CPU's cache holds; on cuda
+STRIP = (2**20, 2**26)  # numbers of full-size maps at a time: what a CPU's cache holds; on cuda
 LOG_EVERY = 10  # iterations per row of train.csv: the losses are read from the device once in these
 
 
@@ -209,6 +210,8 @@ def list_samples(dataset: str, data: str, held_out: float = 0.0) -> Source:
                 papers' test images are the official validation images
     InputError  no such folder or list; the message names the places that were tried
     """
+    if not 0 <= held_out <= 0.5:
+        raise InputError(f"--held-out {held_out}: a part of the training images, 0 to 0.5")
     if dataset == "shapes":
         root, train = Path("drawn"), [(i, i) for i in range(shapes.TRAIN)]
         test = [(i, i) for i in range(-shapes.TEST, 0)]
@@ -225,8 +228,9 @@ def list_samples(dataset: str, data: str, held_out: float = 0.0) -> Source:
                 + "To see the method run first, without any data:\n"
                 + "    python dkd.py --task 15-1 --dataset shapes"
             )
-        readers = (voc_samples, ade_samples, msrc_samples, folder_samples)  # in FOLDERS' order
-        train, test = dict(zip(FOLDERS, readers, strict=True))[dataset](root)
+        readers = {"voc": voc_samples, "ade": ade_samples}
+        readers |= {"msrc": msrc_samples, "folder": folder_samples}
+        train, test = readers[dataset](root)
     if held_out:
         out = [int((i + 1) * held_out) > int(i * held_out) for i in range(len(train))]
         test = [s for s, is_out in zip(train, out, strict=True) if is_out]
@@ -293,6 +297,12 @@ def folder_samples(root: Path) -> tuple[list, list]:
     )
 
 
+def class_ids(samples: Sequence[tuple], order: Sequence[int]) -> list[list[int]]:
+    """The class ids in each sample: positions in `order`, which holds the data set's own ids."""
+    position = {raw: c for c, raw in enumerate(order, 1)}
+    return [[position[raw] for raw in ids] for ids in classes_in_image(samples, len(order))]
+
+
 def images_of_step(
     classes: Sequence[Sequence[int]], step: Step, setting: str, keep_later: bool = False
 ) -> list[int]:
@@ -322,11 +332,10 @@ def train_labels(
 ) -> np.ndarray:
     """uint8 [256], a label table: the data set's ids -> training labels.
 
-    Classes that are not shown become background.
+    Classes that are not shown become background, those of later steps `later`.
 
     setting     new classes are shown; in "sequential" old ones too
     ignore      holds "void" if 255 stays; else it becomes background
-    later       the label of classes of later steps
     """
     table = np.full(256, IGNORE, np.uint8)
     table[BACKGROUND] = BACKGROUND
@@ -428,7 +437,7 @@ class Data:
     """A data set in the steps of a task. It knows nothing of runs.
 
     args                    the flags (see `parser`)
-    classes                 given: the names in the order of a run that is read, not --class-order's
+    known                   the class names of a run that is read, in its order: not --class-order's
     names, colours          of the class ids 0 ... K: positions in the class order; 0 = background
     order                   the data set's own ids, in class order
     steps                   of the task
@@ -441,15 +450,17 @@ class Data:
     InputError: no such data, an unreadable mask, or a step without an image of one of its classes
     """
 
-    def __init__(self, args: argparse.Namespace, classes: Sequence[str] = ()) -> None:
+    def __init__(self, args: argparse.Namespace, known: Sequence[str] = ()) -> None:
         self.args = args
         names, colours = class_table(args.dataset, args.data)
-        self.order = class_order(classes or args.class_order, names[1:])
+        self.order = class_order(known or args.class_order, names[1:])
         self.names = [names[raw] for raw in (BACKGROUND, *self.order)]
         self.colours = [colours[raw] for raw in (BACKGROUND, *self.order)]
         self.steps = task_steps(args.task, len(self.order))
         self.train, self.test, self.where = list_samples(args.dataset, args.data, args.held_out)
-        self.classes, self.test_classes = map(self.class_ids, (self.train, self.test))
+        self.classes, self.test_classes = (
+            class_ids(samples, self.order) for samples in (self.train, self.test)
+        )
         self.images = [
             images_of_step(self.classes, step, args.setting, args.keep_later) for step in self.steps
         ]
@@ -469,12 +480,6 @@ class Data:
             "training_images": digest(self.train, self.classes, self.order),
             "test_images": digest(self.test, self.test_classes, self.order),
         }
-
-    def class_ids(self, samples: Sequence[tuple]) -> list[list[int]]:
-        """The class ids in each sample."""
-        position = {raw: c for c, raw in enumerate(self.order, 1)}
-        found = classes_in_image(samples, len(self.order))
-        return [[position[raw] for raw in ids] for ids in found]
 
     def labels(self, step: Step, setting: str | None = None) -> np.ndarray:
         """uint8 [256], a label table: the data set's ids -> a step's training labels.
@@ -596,16 +601,17 @@ def before_relu(block: nn.Module, x: Tensor) -> Tensor:
     return x + shortcut
 
 
-def dilate(stage: nn.Module, rate: int, first: bool) -> None:
+def dilate(stage: nn.Module, rate: int, dilate_first: bool) -> None:
     """Takes a stage's stride out and dilates its 3x3 convolutions by `rate`.
 
-    first       also the one that had the stride; else that one by half of it, as in torchvision
+    dilate_first    the one that had the stride, too; else that one by half, as in torchvision
     """
     for conv in stage.modules():
         if isinstance(conv, nn.Conv2d):
             strided, conv.stride = conv.stride != (1, 1), (1, 1)
             if conv.kernel_size == (3, 3):
-                conv.dilation = conv.padding = (rate // 2 if strided and not first else rate,) * 2
+                own = rate // 2 if strided and not dilate_first else rate
+                conv.dilation = conv.padding = (own, own)
 
 
 class DeepLabV3(nn.Module):
@@ -615,8 +621,8 @@ class DeepLabV3(nn.Module):
     output_stride   8 or 16; of Swin 32, as in CoinSeg and NeST: nothing in it can be dilated
     classes         number of new classes of each step so far, such as [15, 1]
     dropout         probability behind the ASPP (torchvision: 0.5)
-    dilate_first    of the stages without a stride, the first 3x3 convolution is dilated like the
-                    others: MiB, PLOP, UCD; without it by half: torchvision, DKD
+    dilate_first    of the stages whose stride is taken out, the first 3x3 convolution is dilated
+                    like the others: MiB, PLOP, UCD; without it by half: torchvision, DKD
     bf16            runs the network under autocast; the logits are float32 all the same
     classifiers     1x1 convolutions: [0] background, one channel; [1] the first step's classes; ...
     compiled        of all models: the trunk goes through torch.compile, which Run.batches turns on
@@ -713,9 +719,9 @@ def compiled_stages() -> Callable:
 
 def build_model(args: argparse.Namespace, classes: Sequence[int]) -> DeepLabV3:
     """The network of some flags with random weights, on their device; classes: new in each step."""
-    first = getattr(args, "dilate_first", False)  # older runs have no such flag
-    bf16 = args.precision == "bf16"
-    model = DeepLabV3(args.backbone, args.output_stride, classes, args.dropout, first, bf16)
+    dilate_first = getattr(args, "dilate_first", False)  # older runs have no such flag
+    shape = args.backbone, args.output_stride, classes, args.dropout, dilate_first
+    model = DeepLabV3(*shape, bf16=args.precision == "bf16")
     for module in model.trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = args.bn_momentum
@@ -850,8 +856,7 @@ def strips(inputs: Sequence, size: int) -> list[slice]:
     """Rows 0 ... size - 1 in parts that fit the cache, or a part of a GPU's memory."""
     batch = len(inputs[0])
     channels = max(x.shape[1] for x in inputs if map_dims(x, batch) == 4)
-    cuda = next(x.is_cuda for x in inputs if map_dims(x, batch))
-    count = max(1, STRIP[cuda] // max(1, batch * channels * size))
+    count = max(1, STRIP[inputs[0].is_cuda] // max(1, batch * channels * size))
     return [slice(top, min(top + count, size)) for top in range(0, size, count)]
 
 
@@ -866,19 +871,19 @@ class DenseLoss(torch.autograd.Function):
 
     loss        function of some rows of the inputs -> scalar, or several losses [n]
     share       float [size] or [size, n]: how much each row counts in the mean
-    new         InputError where several losses are not just added up: the gradient is their sum's
+    check       several losses must be added up as they are: the gradient is that of their sum
     inputs      see `rows_of`. Those that need a gradient get it
     """
 
     @staticmethod
-    def forward(ctx, loss: Callable, share: Tensor, new: bool, *inputs: object) -> Tensor:
+    def forward(ctx, loss: Callable, share: Tensor, check: bool, *inputs: object) -> Tensor:
         needed = ctx.needs_input_grad[3:]
         inputs = [
             x.detach().requires_grad_() if need else x
             for x, need in zip(inputs, needed, strict=True)
         ]
         leaves = [x for x, need in zip(inputs, needed, strict=True) if need]
-        ctx.new, total = new, 0
+        ctx.check, total = check, 0
         with torch.set_grad_enabled(bool(leaves)):
             cut = rows_of(inputs, len(share))
             for rows in strips(inputs, len(share)):
@@ -895,7 +900,7 @@ class DenseLoss(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple:
         saved, needed = iter(ctx.saved_tensors), ctx.needs_input_grad[3:]
         each, gradient = gradient, gradient.flatten()[0]
-        if ctx.new and (each != gradient).any():
+        if ctx.check and (each != gradient).any():
             raise InputError("dense: weigh losses of one function in it; they can only be added up")
         return None, None, None, *(gradient * next(saved) if need else None for need in needed)
 
@@ -1015,7 +1020,7 @@ class Run:
     def load(self, step: Step) -> DeepLabV3:
         """The finished model of a step, frozen. Modules of a method's own are left out."""
         path, model = self.folder / f"step_{step.index}.pt", self.build(step)
-        load_weights(model, read_checkpoint(path, "file"), path)
+        load_weights(model, read_checkpoint(path), path)
         return model.eval().requires_grad_(False)
 
     def models(self, step: Step) -> tuple[DeepLabV3 | None, DeepLabV3]:
@@ -1068,7 +1073,7 @@ class Run:
         index = len(model.classifiers) - 2  # of the step: one classifier is background's
         if index:
             path = self.folder / f"step_{index - 1}.pt"
-            state = read_checkpoint(path, "file")["model"]
+            state = read_checkpoint(path)["model"]
             own = {k: v for k, v in state.items() if not k.startswith(NETWORK)}
             if lost := [k for k in own if k not in model.state_dict()]:
                 raise InputError(
@@ -1081,7 +1086,7 @@ class Run:
         cuda = self.args.device != "cpu"
         if cuda:
             nn.SyncBatchNorm.convert_sync_batchnorm(model)  # all have the same statistics
-        # of 1x1 kernels; in PyTorch 2.14, whose new name older ones do not have
+        # harmless: the first is about 1x1 kernels, the second about a flag that 2.14 has renamed
         warnings.filterwarnings("ignore", message="Grad strides do not match|`broadcast_buffers`")
         return nn.parallel.DistributedDataParallel(model, broadcast_buffers=not cuda)
 
@@ -1174,10 +1179,10 @@ class Run:
         function = getattr(loss, "func", loss)  # of a functools.partial
         key = getattr(function, "__code__", function), valid is None, logits.shape[1]
         self.checked[key] += 1
-        new = self.checked[key] in (1, 32)  # at first new and old model may be the same
-        if new:
+        check = self.checked[key] in (1, 32)  # at first new and old model may be the same
+        if check:
             refuse_other_means(loss, share, [logits, *others])
-        return DenseLoss.apply(loss, share, new, logits, *others)
+        return DenseLoss.apply(loss, share, check, logits, *others)
 
     def log(self, losses: dict[str, Tensor]) -> Tensor:
         """The sum of the losses, all scalars. Each becomes a column of train.csv."""
@@ -1201,7 +1206,7 @@ class Run:
             (self.folder / "last.pt").unlink(missing_ok=True)
 
     def conclude(self, step: Step, model: DeepLabV3, weights: dict, timing: dict) -> None:
-        """`weights`: what else than the model's step_K.pt holds."""
+        """Evaluates, draws and saves a step; `weights` are further ones for its step_K.pt."""
         begun = time.monotonic()
         result = evaluate(model.eval(), self.predict, self.data, step)
         minutes = (time.monotonic() - begun) / 60
@@ -1371,20 +1376,19 @@ class Progress:
 
     def mean_losses(self) -> dict[str, str]:
         """Of the window, as in train.csv. FloatingPointError where one is not finite."""
-        flat = [(i, n, loss) for i, part in enumerate(self.window) for n, loss in part.items()]
-        values = torch.stack([loss for *_, loss in flat])
-        values = (all_reduce(values) / processes()[1]).double().tolist()
+        losses = torch.stack([loss for part in self.window for loss in part.values()])
+        values = iter((all_reduce(losses) / processes()[1]).double().tolist())
         found: dict[str, list[float]] = {}
-        first = self.iteration - len(self.window)
-        for (i, name, _), value in zip(flat, values, strict=True):
-            found.setdefault(name, []).append(value)
-            if not math.isfinite(value):
-                part = [(n, v) for (k, n, _), v in zip(flat, values, strict=True) if k == i]
+        for iteration, part in enumerate(self.window, self.iteration - len(self.window)):
+            numbers = {name: next(values) for name in part}
+            if not all(map(math.isfinite, numbers.values())):
                 raise FloatingPointError(
-                    f"the loss is not finite in step {self.step.index}, iteration {first + i}: "
-                    + ", ".join(f"{n} {v:g}" for n, v in part)
+                    f"the loss is not finite in step {self.step.index}, iteration {iteration}: "
+                    + ", ".join(f"{name} {value:g}" for name, value in numbers.items())
                     + f". {LAST_GOOD}"
                 )
+            for name, value in numbers.items():
+                found.setdefault(name, []).append(value)
         return {name: f"{sum(v) / len(v):.5g}" for name, v in found.items()}
 
     def show(self, means: dict[str, str], done: bool, terminal: bool) -> None:
@@ -1475,7 +1479,7 @@ def segment(model: nn.Module, predict: Callable, pixels: Tensor, device: str) ->
     return predict(upsample(logits, pixels.shape[:2]))[0].byte().cpu().numpy()
 
 
-# ---------------------------------------------------------------------------- files and processes
+# -------------------------------------------------------------------------- processes and signals
 
 
 def processes() -> tuple[int, int]:
@@ -1557,27 +1561,13 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
         return "; ".join(f"{', '.join(names)}: {text}" for text, names in values.items())
 
     on = "store_true"
-    settings = ("overlapped", "disjoint", "sequential")
     add = made.add_argument_group("task").add_argument
-    text = "A classes, then B at a time; or offline: all at once (15-1; ade 100-50, msrc 16-5)"
-    add("--task", metavar="A-B", help=text)
     text = "shapes: drawn, needs no files; folder: your own pictures (voc)"
     add("--dataset", choices=DATASETS, default="voc", help=text)
-    text = "images of a step: any with a new class; none with later ones; old labels shown"
-    add("--setting", choices=settings, default="overlapped", help=f"{text} (overlapped)")
-    text = "disjoint, sequential: images that also show later classes stay; msrc needs it where "
-    text += "a class is never seen without one of them (off)"
-    add("--keep-later", action=on, help=text)
-    text = "data set, as data/README.md says (data/)"
-    add("--data", metavar="DIR", default=str(HERE / "data"), help=text)
-    text = "b to w: published orders of VOC; b, c: of ADE20K (data/orders.csv); or a file, a class "
-    text += "name or id per line (the data set's own order)"
-    add("--class-order", metavar="ORDER", help=text)
+    data_flags(add)
     text = "pixels that are left out, not background: void (in training), later (classes of later "
     text += f"steps, in the test), other (ADE20K's id 0, in the test) ({default('ignore')})"
     add("--ignore", choices=("void", "later", "other"), nargs="*", metavar="WHAT", help=text)
-    text = "test on this part of the training images, for tuning (0: on the test images)"
-    add("--held-out", type=float, default=0.0, metavar="PART", help=text)
     text = "Two values: step 0, later steps. The defaults' sources: RECIPE in the script."
     add = made.add_argument_group("schedule", text).add_argument
     text = f"over the step's images ({default('epochs')})"
@@ -1622,6 +1612,26 @@ def parser(doc: str, recipes: dict[str, dict]) -> argparse.ArgumentParser:
     return made
 
 
+def data_flags(add: Callable) -> None:
+    """The flags that say which images a step has: of a run, and of data.prepare."""
+    text = "A classes, then B at a time; or offline: all at once (15-1; ade 100-50, msrc 16-5)"
+    add("--task", metavar="A-B", help=text)
+    settings = ("overlapped", "disjoint", "sequential")
+    text = "images of a step: any with a new class; none with later ones; old labels shown "
+    text += "(overlapped; ilt.py: sequential)"
+    add("--setting", choices=settings, default="overlapped", help=text)
+    text = "disjoint, sequential: images that also show later classes stay; msrc needs it where "
+    text += "a class is never seen without one of them (off)"
+    add("--keep-later", action="store_true", help=text)
+    text = "data set, as data/README.md says (data/)"
+    add("--data", metavar="DIR", default=str(HERE / "data"), help=text)
+    text = "b to w: published orders of VOC; b, c: of ADE20K (data/orders.csv); or a file, a class "
+    text += "name or id per line (the data set's own order)"
+    add("--class-order", metavar="ORDER", help=text)
+    text = "test on this part of the training images, for tuning (0: on the test images)"
+    add("--held-out", type=float, default=0.0, metavar="PART", help=text)
+
+
 def natural(text: str, least: int = 0) -> int:
     if not re.fullmatch("[0-9]{1,9}", text) or int(text) < least:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {least} to 1e9")
@@ -1662,8 +1672,8 @@ def fill_in(flags: dict) -> None:
             flags[key] = value
 
 
-def resolve_device(device: str) -> str:
-    """The device itself. InputError: PyTorch has no such device here."""
+def refuse_device(device: str) -> None:
+    """InputError: PyTorch has no such device here."""
     match = re.fullmatch("cpu|cuda(:([0-9]{1,4}))?", device)
     if not match:
         raise InputError(f"--device {device}: expected cpu, cuda or cuda:N")
@@ -1672,7 +1682,6 @@ def resolve_device(device: str) -> str:
         raise InputError(
             f"--device {device}: PyTorch sees {count or 'no'} GPU here; there is --device cpu"
         )
-    return device
 
 
 def run_folder(args: argparse.Namespace) -> Path:
@@ -1707,15 +1716,14 @@ def parse(flags: argparse.ArgumentParser) -> argparse.Namespace:
             f"--crop {args.crop}: at --output-stride {args.output_stride} the network needs "
             f"{4 * args.output_stride} pixels or more, for maps of 4 x 4 cells"
         )
-    if not 0 <= args.held_out <= 0.5:
-        raise InputError(f"--held-out {args.held_out}: a part of the training images, 0 to 0.5")
     if args.device != "cpu" and "LOCAL_RANK" in os.environ:  # torchrun: a GPU for each process
         if args.device != "cuda":
             raise InputError(f"--device {args.device}: under torchrun each has its own: cuda")
         if args.compile:
             raise InputError("--compile: not with torchrun on GPUs, where BatchNorm is shared")
         args.device = f"cuda:{os.environ['LOCAL_RANK']}"
-    cuda = resolve_device(args.device) != "cpu"
+    refuse_device(args.device)
+    cuda = args.device != "cpu"
     slow = cuda and torch.cuda.get_device_capability(args.device) < (8, 0)
     if args.precision == "bf16" and slow:
         raise InputError("--precision bf16: this GPU has no bfloat16; there is --precision fp32")

@@ -51,7 +51,7 @@ Differences between the paper (p), the authors' code (c) and this file:
  5. Learning rate. p: one; c: ten times as high for ASPP, head and classifiers. As c (--head-lr).
  6. Weight decay. p: not mentioned; c: 1e-4 in step 0, then on the newest classifier only. As c.
  7. BatchNorm and dropout. p: not mentioned; c: frozen and off after step 0. As c; --no-freeze, on
-    2,292 photographs, batch 6, 15-1, seed 0, gives 21.4 in all for 31.2.
+    2,292 photographs, batch 6, 15-1, seed 0, gives 21.4 in all instead of 31.2.
  8. Positive weight in VOC's step 0. p: 2; c: 2 by a script's flag, 1 in the configuration. 2 here.
  9. Precision. p: not mentioned; c: float16 with a scaler. Here bfloat16 without one on a GPU.
 10. Background where max p = 0.5 exactly. p: a class; c: background. As c.
@@ -61,7 +61,7 @@ Differences between the paper (p), the authors' code (c) and this file:
     weights are not loaded yet, and never ends where the candidates run out. Here the trained
     old model labels them, and a smaller memory is a result. The random order is ours.
 12. First weights of ASPP, head and all classifiers, the auxiliary one too. p: not mentioned;
-    c: kaiming_normal_. As c; torchvision's start instead gave 70.0 for 66.6 on shapes (15-1, all,
+    c: kaiming_normal_. As c; torchvision's start gave 70.0 instead of 66.6 on shapes (15-1, all,
     seed 0).
 13. ADE20K's 100-50 list of step 0. c: all 20,210 images; here the rule's 20,192, as c in 100-10.
 14. A class without a pixel in the test. c: counts as IoU 0. Here it is left out of the means.

@@ -14,7 +14,7 @@ features of different scales, which are kept as well (external).
 
 | what                                                | here                             |
 |-----------------------------------------------------|----------------------------------|
-| L = base + gamma (internal + external), their weights | main                           |
+| L = base + gamma (weighted internal + external)     | main                             |
 | internal: means and deviations over each axis       | statistics, internal_distillation|
 | external: attention over scales, then matching      | ExternalDistillation             |
 | multi-scale convolutional attention (SegNeXt)       | MultiScaleAttention              |
@@ -33,8 +33,8 @@ What is open, how sure we are, and where a reader of the full paper would change
  a. Two terms, statistics and attention: sure, the abstract.
  b. The attention is SegNeXt's (kernels 5, 7, 11, 21): likely, by its name. MultiScaleAttention.
  c. Statistics are means and deviations over width, height and channels: possible. statistics.
- d. Levels: the four stages before their last ReLU, the classifiers' input. --levels, maps_of.
- e. Fusion from the top down, as in knowledge review: open. ExternalDistillation.forward.
+ d. Levels: the four stages before their last ReLU, the classifiers' input. --levels, levels_of.
+ e. Fusion from the top down, as in knowledge review: open. ExternalDistillation.fuse.
  f. The attention's parameters: open. Random and frozen: a constant would please the distillation.
  g. Base: PLOP's pseudo-labels are likely. --base.
  h. Weights 10 and 1 (ADE20K 3 and 0.3; shapes 0.1 and 0.01, chosen on held-out training images),

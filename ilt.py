@@ -12,7 +12,7 @@ background, and there it collapses: the two kinds of tables must never be mixed.
     python ilt.py --task 15-1 --dataset shapes               drawn pictures, minutes on a CPU
     python ilt.py --task 15-1 --data DIR                     Pascal VOC 2012, the authors' protocol
     python ilt.py --task 15-1 --data DIR --preset baseline   "ILT" as in the tables of later papers
-    python ilt.py --task 16-5 --dataset msrc --data DIR      MSRC-v2
+    python ilt.py --task 16-5 --dataset msrc --data DIR --keep-later     MSRC-v2
 
 | workshop paper | what                                      | here                     |
 |----------------|-------------------------------------------|--------------------------|

@@ -91,7 +91,7 @@ Differences between MiB's paper (p), the authors' code (c) and this file:
     code, BladeDancer957/RevisitingCSS). c: a softmax over the classes of all steps from step 0 on;
     in 15-1 a rate of 0.02, then 0.0005. Here each step adds its classifiers, at MiB's rates.
 14. BatchNorm after step 0. c: learns, and follows the batches of each step. As c; small batches
-    need --freeze-batchnorm (2,292 photographs, batch 6, 15-1, all: 25.2 for 10.1).
+    need --freeze-batchnorm (2,292 photographs, batch 6, 15-1, all: 25.2 instead of 10.1).
 15. Precision. c: float32. Here bfloat16 on a GPU; --precision fp32 is c's.
 16. ADE20K, disjoint. c: stored lists, drawn with a seed that is lost (100-50: 13,452 and 6,744
     images); MiB's Table 2 is of them. Here the rule of VOC: 10,806 and 9,390.
@@ -338,7 +338,7 @@ def importance(run: common.Run, step: common.Step, old_model: nn.Module) -> dict
         view = common.View(data.train, data.labels(before), args.crop)
         sums = {k: torch.zeros_like(p) for k, p in old_model.named_parameters()}
         if before.index:
-            for k, value in common.read_checkpoint(earlier, "file").items():
+            for k, value in common.read_checkpoint(earlier).items():
                 sums[k] += value.to(args.device)
         old_model.requires_grad_(True)
         for images, labels in common.load_in_order(view, data.images[before.index], args):
@@ -349,7 +349,7 @@ def importance(run: common.Run, step: common.Step, old_model: nn.Module) -> dict
                 total += gradient**2
         old_model.requires_grad_(False)
         common.write_atomically(file, lambda target: torch.save(sums, target))
-    sums = common.read_checkpoint(file, "file")
+    sums = common.read_checkpoint(file)
     return {k: (v / v.max().clamp(min=1e-30)).to(args.device) for k, v in sums.items()}
 
 
@@ -388,13 +388,13 @@ def published_name(args: argparse.Namespace) -> str:
     """The row of the grid in data/published.csv."""
     if args.replay or args.labels != "masked" or args.alpha != 1 or args.freeze_old:
         return ""
-    ewc = "EWC" if args.ewc else ""
     return {
-        ("plain", "none", "random"): ewc or "FT",
-        ("plain", "plain", "random"): "LwF",
-        ("binary", "binary", "random"): "LwF-MC",
-        ("unbiased", "unbiased", "background"): "MiB",
-    }.get((args.ce, args.kd, args.init), "")
+        ("plain", "none", "random", False): "FT",
+        ("plain", "none", "random", True): "EWC",
+        ("plain", "plain", "random", False): "LwF",
+        ("binary", "binary", "random", False): "LwF-MC",
+        ("unbiased", "unbiased", "background", False): "MiB",
+    }.get((args.ce, args.kd, args.init, args.ewc > 0), "")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -894,8 +894,9 @@ def retrain(pair: Pair, depth: str, args: argparse.Namespace) -> dict[str, dict]
     model's, the last one's, and that of the untrained network (with --weights, as step 0 began).
     """
     frozen, result, everything = DEPTHS.index(depth) + 1, {}, common.Step(0, 1, pair.step.last)
+    order = pair.data.names[1:]  # the file of --class-order may be gone
+    own = argparse.Namespace(**vars(pair.data.args) | {"class_order": order})
     for name, source in (("first", pair.first), ("last", pair.last), ("untrained", None)):
-        own = argparse.Namespace(**vars(pair.data.args) | {"seed": pair.data.args.seed})
         run = common.Run(own, common.most_likely, "")
         run.folder = pair.folder / f"retrain-{depth}-{name}"
         run.folder.mkdir(exist_ok=True)

@@ -60,8 +60,8 @@ PLOP:
     read, the logits. As c (without the fifth 75.1, with it 75.0).
 13. Thresholds. p: the median entropy of a class. c: read from a histogram of 100 bins, in which the
     entropies, divided twice by a logarithm of the number of classes and once by the number, fill
-    the first two or three: nearly one threshold for all classes, for most half the first bin, 0.23
-    of the greatest entropy at 15-1's step 1. As c: 75.0; --thresholds median: 59.2.
+    the first two or three. So most classes have the same threshold, the middle of the first bin: in
+    15-1's step 1 it is 0.23 of the greatest entropy. As c: 75.0; --thresholds median: 59.2.
 14. The same histogram. c: adds indices of bins, not counts, below a bin (published_median); looks
     at one random crop per image, the last incomplete batch left out. As c. c: each process has
     thresholds of its own part of the images; here all look at the whole step.
@@ -79,7 +79,7 @@ Both:
     and weights, BatchNorm and ReLU, and a 3x3 convolution. The dilations of the trunk are those of
     c (--dilate-first), but for shapes.
 21. BatchNorm after step 0. c: learns, and follows the batches of each step. As c; small batches
-    need --freeze-batchnorm (PLOP, 2,292 photographs, batch 6, 15-1, all: 22.4 for 12.6).
+    need --freeze-batchnorm (PLOP, 2,292 photographs, batch 6, 15-1, all: 22.4 instead of 12.6).
 22. Precision. c: apex's mixed float16 (PLOP), float32 (MiB + UCD). Here bfloat16 on a GPU.
 23. msrc, folder, shapes: not in the papers, the recipes are ours, rates as in mib_unbiased.py.
 """

@@ -100,7 +100,7 @@ def read_run(given: str) -> dict:
         if len(steps) < of:
             raise NoResult(f"{folder}: not finished, {len(steps)} of {of} steps are done")
         changed = {
-            key: as_typed(key, used[key])
+            key: shown_flag(key, used[key])
             for key in recipe
             if key not in UNLISTED and used.get(key) not in (None, recipe[key])
         }
@@ -138,11 +138,11 @@ def typed_keys(used: dict, changed: dict) -> list[str]:
     if "typed" not in used:
         return [*changed]
     words = [word.partition("=")[0] for word in used["typed"]]
-    return [key for key in changed if {as_typed(key, True), as_typed(key, False)} & {*words}]
+    return [key for key in changed if {shown_flag(key, True), shown_flag(key, False)} & {*words}]
 
 
-def as_typed(key: str, value: object) -> str:
-    """A flag as on the command line; of a path only the last part."""
+def shown_flag(key: str, value: object) -> str:
+    """A flag as the table shows it: numbers rounded, of a path only the last part."""
     flag, values = "--" + key.replace("_", "-"), value if isinstance(value, list) else [value]
     if isinstance(value, bool):
         return flag if value else flag.replace("--", "--no-", 1)

@@ -78,7 +78,7 @@ def prediction_rule(saved: dict) -> Callable:
 
 def load(path: str | Path, device: str, data: str | None = None) -> tuple:
     """The model of a step_K.pt, on this device; the file's content; its flags, with this `data`."""
-    common.resolve_device(device)
+    common.refuse_device(device)
     saved = common.read_checkpoint(path)
     try:
         settings = argparse.Namespace(**saved["flags"])

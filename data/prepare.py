@@ -58,8 +58,6 @@ def check(args: argparse.Namespace) -> int:
     default = {"ade": "100-50", "msrc": "16-5", "folder": "offline"}.get(args.dataset, "15-1")
     args.task = args.task or default
     common.task_steps(args.task, len(order))  # a bad --task is refused before all files are read
-    if not 0 <= args.held_out <= 0.5:
-        raise InputError(f"--held-out {args.held_out}: a part of the training images, 0 to 0.5")
     source = common.list_samples(args.dataset, args.data, args.held_out)
     print(f"{source.where}: {len(source.train)} training and {len(source.test)} test images")
 
@@ -86,7 +84,8 @@ def find_problems(samples: Sequence[tuple], classes: int) -> tuple[dict[str, lis
             if problem:
                 kind, file = problem
                 problems[kind].append(file)
-                faulty |= {sample} if kind != STRANGE_COLOURS else set()
+                if kind != STRANGE_COLOURS:
+                    faulty.add(sample)
     if repeated := [str(mask) for (_, mask), count in Counter(samples).items() if count > 1]:
         problems["listed more than once"] = repeated
     return problems, faulty
@@ -122,12 +121,7 @@ def count_images(
     order       the data set's own ids, in class order
     names       of these ids, background first
     """
-
-    def class_ids(samples: Sequence[tuple]) -> list[list[int]]:
-        found = common.classes_in_image(samples, len(order))
-        return [[order.index(raw) + 1 for raw in ids] for ids in found]
-
-    train, test = class_ids(source.train), class_ids(source.test)
+    train, test = (common.class_ids(samples, order) for samples in source[:2])
     for step in common.task_steps(args.task, len(order)):
         images = common.images_of_step(train, step, args.setting, args.keep_later)
         if missing := common.classes_without_images(images, train, step):
@@ -219,21 +213,9 @@ def flags() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("dataset", choices=common.DATASETS, help="data/README.md says what each needs")
-    text = "where the data set lies, as data/README.md says (data/)"
-    add("--data", metavar="DIR", default=str(common.HERE / "data"), help=text)
     text = "first fetch the data set (voc: 2 GB, ade: 1 GB); others: only say where it comes from"
     add("--download", action="store_true", help=text)
-    text = "count the images of this task (15-1; ade 100-50, msrc 16-5, folder offline)"
-    add("--task", metavar="A-B", help=text)
-    settings = ("overlapped", "disjoint", "sequential")
-    text = "and this setting (overlapped)"
-    add("--setting", choices=settings, default="overlapped", help=text)
-    text = "disjoint, sequential: keep images that also show later classes (off)"
-    add("--keep-later", action="store_true", help=text)
-    text = "an order of data/orders.csv, or a file: class names or ids, one per line (data/*.csv's)"
-    add("--class-order", metavar="ORDER", help=text)
-    text = "test on this part of the training images, 0 to 0.5 (0: on the test images)"
-    add("--held-out", type=float, default=0.0, metavar="PART", help=text)
+    common.data_flags(parser.add_argument_group("images of a step").add_argument)
     return parser
 
 

@@ -80,8 +80,10 @@ def not_learned(result: dict, new: Sequence[str], iterations: int) -> str:
     """A line on the new classes that the model hardly finds; "": it finds all."""
     iou = result["iou"]
     missed = [name for name in new if iou[name] is not None and iou[name] < 1]
+    if not missed:
+        return ""
     text = f"\n  not learned in {iterations} iterations: {', '.join(missed)}. Try more --epochs"
-    return (text + ", a smaller --batch or a higher --lr") * bool(missed)
+    return text + ", a smaller --batch or a higher --lr"
 
 
 def iou_csv(results: list[dict], steps: Sequence) -> str:
@@ -126,9 +128,9 @@ def published(dataset: str, task: str, setting: str, method: str) -> list[dict[s
 
 
 def best_published(
-    dataset: str, task: str, setting: str, method: str, convention: str = ""
+    dataset: str, task: str, setting: str, method: str, convention: str
 ) -> dict[str, str] | None:
-    """Of several rows one of this convention, a mean of several runs, with all numbers."""
+    """The row to compare with: of this convention if possible, then a mean of several runs."""
     return max(
         published(dataset, task, setting, method),
         key=lambda r: (averaging_convention(r) == convention, bool(r["std"]), bool(r["old"])),

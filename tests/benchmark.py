@@ -1,4 +1,4 @@
-"""Times and memory: python tests/benchmark.py losses network contrast loader growth gradients
+"""Times and memory: python tests/benchmark.py losses network contrast loader growth
 
 Ours always stands beside something else measured in the same minutes: machines are noisy. On cuda
 where there is one, else on the CPU. No test runs this. The loader needs --data DIR, with VOC 2012.
@@ -511,52 +511,8 @@ def iteration(classes: list[int], size: int, batch: int, repeats: int) -> tuple[
     return seconds(whole, repeats), held
 
 
-# ---------------------------------------------------------------------------------------- icd
-
-
-def gradients(args: argparse.Namespace) -> None:
-    """ICD's terms: the root mean square of their gradients by each part's weights, in step 1."""
-    parts = ("trunk.layer1", "trunk.layer2", "trunk.layer3", "trunk.layer4", "aspp", "head")
-    batches, log, place, rows = common.Run.batches, common.Run.log, {}, []
-
-    def counted(run, step, model, *given) -> Iterator:
-        for i, batch in enumerate(batches(run, step, model, *given)):
-            place.update(step=step.index, iteration=i, model=model)
-            yield batch
-
-    def measured(run: common.Run, found: dict[str, Tensor]) -> Tensor:
-        iteration = place["iteration"]
-        if place["step"] == 1 and iteration in (1, 10, 100):
-            for term in ("internal", "external"):
-                cells = []
-                for part in parts:
-                    named = place["model"].named_parameters()
-                    weights = [p for name, p in named if name.startswith(part)]
-                    gradient = torch.autograd.grad(found[term], weights, retain_graph=True)
-                    flat = torch.cat([g.flatten() for g in gradient])
-                    cells.append(f"{flat.square().mean().sqrt():.1e}")
-                rows.append((term, iteration, *cells))
-            if iteration == 100:
-                raise Enough
-        return log(run, found)
-
-    step0 = f"--step0 {args.step0}" if args.step0 else ""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(common.Run, batches=counted, log=measured, say=silent),
-        contextlib.suppress(Enough),
-    ):
-        main_of(icd, f"--dataset shapes --out {folder} {step0}")
-    print("\nICD's gradients on shapes, 15-1, step 1, root mean square over the weights of a part")
-    header("term", "iteration", *parts)
-    for cells in rows:
-        row(*cells)
-
-
 if __name__ == "__main__":
-    tables = {
-        table.__name__: table for table in (losses, network, contrast, loader, growth, gradients)
-    }
+    tables = {table.__name__: table for table in (losses, network, contrast, loader, growth)}
     flags = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     flags.add_argument("tables", nargs="+", choices=tables)
     flags.add_argument("--size", type=int, default=512, help="side of the pictures (512)")
@@ -570,7 +526,6 @@ if __name__ == "__main__":
     flags.add_argument("--repeats", type=int, default=2, help="the fastest counts (2)")
     most = "anchors up to which all pairs at once are tried (8192)"
     flags.add_argument("--most", type=int, default=8192, help=most)
-    flags.add_argument("--step0", help="of the gradients: a step_0.pt instead of training it")
     flags.add_argument("--data", default="data", help="of the loader (data)")
     flags.add_argument("--pictures", type=int, default=100, help="of the loader (100)")
     given = flags.parse_args()
