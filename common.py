@@ -8,7 +8,6 @@ The border: if two papers could disagree about it, it is in the method file. In 
     metric      confusion matrix, IoU, the averages of the published tables, evaluation
     dense       losses of logits at the size of the labels, some rows at a time
     run         batches, schedule, checkpoints, resume, log, results
-    processes   several of them under torchrun, and signals
     flags       the command line; start and end of a script
 """
 
@@ -48,6 +47,7 @@ from data import command, pictures, shapes, tables
 from data.environment import environment, git_commit
 from data.files import (  # noqa: F401
     IGNORE,
+    NETWORK,
     InputError,
     classes_in_image,
     load_trunk,
@@ -76,6 +76,16 @@ from data.folder import (  # noqa: F401
     refuse_other_run,
     sample_name,
     usable,
+)
+from data.processes import (
+    all_reduce,
+    broadcast,
+    ignore_signals_in_worker,
+    init_distributed,
+    leave,
+    on_stop,
+    processes,
+    request_stop,
 )
 
 BACKGROUND = 0
@@ -286,15 +296,22 @@ def msrc_samples(root: Path) -> tuple[list, list]:
 
 
 def folder_samples(root: Path) -> tuple[list, list]:
-    """Own pictures: train/images/x.jpg with train/masks/x.png; the same in test/."""
-    return tuple(
+    """Own pictures: train/images/x.jpg with train/masks/x.png; the same in test/.
+
+    InputError: two pictures of one name, such as x.jpg and x.png
+    """
+    parts = tuple(
         [
             (file, root / part / "masks" / f"{file.stem}.png")
-            for file in sorted((root / part / "images").glob("*"))
+            for file in sorted((root / part / "images").glob("[!.]*"))
             if file.suffix.lower() in PICTURES
         ]
         for part in ("train", "test")
     )
+    counts = Counter(mask for samples in parts for _, mask in samples)
+    if twice := [mask for mask, count in counts.items() if count > 1]:
+        raise InputError(f"{twice[0]}: the mask of two pictures, which differ in their ending only")
+    return parts
 
 
 def class_ids(samples: Sequence[tuple], order: Sequence[int]) -> list[list[int]]:
@@ -419,6 +436,8 @@ class View(torch.utils.data.Dataset):
     def __init__(
         self, samples: Sequence[tuple], labels: np.ndarray, crop: int, seed: tuple | None = None
     ) -> None:
+        if labels.dtype != np.uint8 or labels.shape[-1] != 256:
+            raise InputError("labels: a label table is uint8 [256]")
         self.samples, self.crop, self.seed = samples, crop, seed
         self.labels = np.broadcast_to(labels, (len(samples), 256))
 
@@ -791,6 +810,8 @@ def evaluate(model: nn.Module, predict: Callable, data: Data, step: Step) -> dic
     confusion = torch.zeros(step.channels, step.channels, dtype=torch.int64, device=args.device)
     for inputs, labels in load_in_order(view, images[rank::world], args):
         predicted = predict(upsample(model(inputs)[0], labels.shape[1:]))
+        if (predicted >= step.channels).any():
+            raise InputError(f"the prediction rule gives class ids above {step.last}")
         confusion += confusion_matrix(labels, predicted, step.channels)
     confusion = all_reduce(confusion).cpu()
     iou, (pixels, classes) = iou_per_class(confusion), accuracies(confusion)
@@ -836,6 +857,8 @@ def rows_of(inputs: Sequence, size: int) -> Callable[[slice], list]:
         if dims == 3:
             refuse_other_size(x, size)
         if dims == 4:
+            if not x.is_floating_point():
+                raise InputError(f"dense: a map of {x.dtype} with channels; labels are [B, H, W]")
             down, across = (upsampling_matrix(n, size, x) for n in x.shape[2:])
             matrices = down, across.T
         plans.append((dims, *matrices))
@@ -900,8 +923,10 @@ class DenseLoss(torch.autograd.Function):
     def backward(ctx, gradient: Tensor) -> tuple:
         saved, needed = iter(ctx.saved_tensors), ctx.needs_input_grad[3:]
         each, gradient = gradient, gradient.flatten()[0]
-        if ctx.check and (each != gradient).any():
+        same = (each == gradient).all()
+        if ctx.check and not same:
             raise InputError("dense: weigh losses of one function in it; they can only be added up")
+        gradient = torch.where(same, gradient, torch.nan)  # later nothing waits: the run stops soon
         return None, None, None, *(gradient * next(saved) if need else None for need in needed)
 
 
@@ -936,7 +961,7 @@ def refuse_other_means(loss: Callable, share: Tensor, inputs: Sequence) -> None:
         for rows in (slice(first.start, second.stop), first, second)
     )
     for whole, parts in torch.stack([both, sum(halves)], 1).tolist():
-        if abs(whole - parts) > 1e-4 * abs(whole) + 3e-8:
+        if not abs(whole - parts) <= 1e-4 * abs(whole) + 3e-8:  # or not a number
             name = getattr(loss, "__name__", "the loss")
             raise InputError(
                 f"dense: {name} of some rows is {whole:g}, of their halves {parts:g}. A mean over "
@@ -948,7 +973,13 @@ def refuse_other_means(loss: Callable, share: Tensor, inputs: Sequence) -> None:
 # ------------------------------------------------------------------------------------------ run
 
 LAST_GOOD = "The last checkpoint is from before it; try a lower --lr in another --out"
-NETWORK = ("trunk.", "aspp.", "head.", "classifiers.")  # all other weights are a method's own
+PLACE = ("step", "iteration", "lr_factor")  # the first columns of train.csv
+
+
+def poly(iteration: int, total: int, warmup: float = 0.0) -> float:
+    """Factor of the rate: (1 - i/total)^0.9; in the first `warmup` part also 0.001 rising to 1."""
+    progress = min(1.0, iteration / (warmup * total)) if warmup else 1.0
+    return (1 - iteration / total) ** 0.9 * (0.001 * (1 - progress) + progress)
 
 
 class Run:
@@ -969,12 +1000,19 @@ class Run:
     folder      of the results
     results     the finished steps' entries of metrics.json
     losses      those of this iteration, from `log`
-    timing      of the step that was trained last
+    timing      of a step that is trained, but not finished
+    network     names of the weights of this step's network, without modules of a method's own
+    restored    the model of this step, once `parallel` has given such modules their weights
     origin      versions and commit
     checked     how often `dense` has seen each kind of loss
     """
 
     def __init__(self, args: argparse.Namespace, predict: Callable, published: str) -> None:
+        if getattr(predict, "__name__", "") not in ("predict", "most_likely"):
+            raise InputError(
+                "the prediction rule is a function of the script, called predict, or "
+                "common.most_likely: data.predict looks for it there"
+            )
         self.args, self.predict, self.published = args, predict, published
         self.data, world = Data(args), processes()[1]
         for step, images in enumerate(self.data.images):
@@ -986,6 +1024,8 @@ class Run:
         self.results: list[dict] = []
         self.losses: dict[str, Tensor] | None = None
         self.timing: dict[str, float] = {}
+        self.network: set[str] = set()
+        self.restored: nn.Module | None = None
         self.origin: dict[str, object] = {}
         self.checked: Counter = Counter()
 
@@ -1027,9 +1067,11 @@ class Run:
         """The frozen model of the step before (None in step 0); its copy with a new classifier."""
         if step.index == 0:
             model, text, _ = self.first_model()
+            self.network = {*model.state_dict()}
             self.say(text)
             return None, model
         model = self.build(step)
+        self.network = {*model.state_dict()}
         old_model = self.load(self.data.steps[step.index - 1])
         model.load_state_dict(old_model.state_dict(), strict=False)
         return old_model, model
@@ -1067,9 +1109,17 @@ class Run:
         """The network to call: `model`, under torchrun as a part of all processes' network.
 
         Modules that a method has attached to `model` take their weights from the step before.
-        InputError: the step before has a module that `model` lacks; it would start anew
+        InputError: the step before has a module that `model` lacks; it would start anew. Or a
+        module that the network itself has not, where later steps would not find it
         """
         model.to(self.args.device)
+        for name in model.state_dict():
+            if name.startswith(NETWORK) and name not in self.network:
+                raise InputError(
+                    f"{name}: not of the network of these flags. A module of your own is an "
+                    "attribute of the model itself: model.NAME = ..."
+                )
+        self.restored = model
         index = len(model.classifiers) - 2  # of the step: one classifier is background's
         if index:
             path = self.folder / f"step_{index - 1}.pt"
@@ -1104,6 +1154,7 @@ class Run:
         optimizer: torch.optim.Optimizer,
         labels: np.ndarray | None = None,
         memory: Sequence[tuple[int, np.ndarray]] = (),
+        schedule: Callable = poly,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What is left of a step: batches of images float [B, 3, H, W], labels int64 [B, H, W].
 
@@ -1112,20 +1163,29 @@ class Run:
 
         labels      the label table of the step's images, uint8 [256]; None = data.labels(step)
         memory      further training images: (index, label table)
+        schedule    (iteration, iterations of the step, the recipe's warmup) -> factor of the rates
+        InputError  a second call in a step; modules of a method's own without `parallel`
         """
         args, (rank, world) = self.args, processes()
+        if self.timing:
+            raise InputError("one run.batches in a step: a second loop would have no iteration")
+        own = [name for name in model.state_dict() if not name.startswith(NETWORK)]
+        if own and self.restored is not model:
+            raise InputError(f"{own[0]}: run.parallel(model) gives it its weights; call it before")
         view, indices = self.data.training(step, labels, memory)
         images = min(args.batch, len(indices)) // world  # in each process
         pooled = model.aspp.convs[-1][2]  # has one value per image and channel
         if images * (world if isinstance(pooled, nn.SyncBatchNorm) else 1) == 1:
             pooled.eval()  # one value has no variance
         refuse_parameters_outside(optimizer, model)
-        self.timing = {}
+        self.losses = None
         progress = Progress(self, step, model, optimizer, len(indices))
         done, total = progress.iteration, progress.total
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda i: poly(i, total, args.warmup), last_epoch=done - 1
-        )
+
+        def factor(iteration: int) -> float:
+            return schedule(iteration, total, args.warmup)
+
+        rates = torch.optim.lr_scheduler.LambdaLR(optimizer, factor, last_epoch=done - 1)
         keys = epoch_keys(indices, args.batch, (args.seed, step.index), done, total)
         keys = (batch[: images * world][rank::world] for batch in keys)
         requests: list[int] = []  # signals; several processes would stop at different iterations
@@ -1136,9 +1196,9 @@ class Run:
                 yield batch
                 if self.losses is None:
                     raise InputError("the loop calls run.log(losses) in every iteration")
-                progress.add(self.losses)
+                progress.add(self.losses, factor(progress.iteration))
                 self.losses = None
-                schedule.step()
+                rates.step()
                 if requests:
                     progress.stop(requests[0])
         finally:
@@ -1156,8 +1216,9 @@ class Run:
         It is made and differentiated in strips of rows, so that no full-size map is kept. Equal to
         loss(common.upsample(logits, ...), ...), a mean over the pixels.
 
-        loss        function of logits [B, C, r, W] and `others`, for any r rows -> scalar; or
-                    several losses [n] of the same maps. These learn as their sum: weigh them in it
+        loss        function of logits [B, C, r, W] and `others`, for any r rows -> scalar, 0 where
+                    no pixel is valid; or several losses [n] of the same maps. These learn as their
+                    sum: weigh them in it
         logits      float [B, C, h, w]
         others      what else `loss` takes: [B, C, h, w] logits are upsampled, too, [B, H, W] maps
                     are cut into the same rows. What needs a gradient gets it
@@ -1186,7 +1247,11 @@ class Run:
 
     def log(self, losses: dict[str, Tensor]) -> Tensor:
         """The sum of the losses, all scalars. Each becomes a column of train.csv."""
+        if self.losses is not None:
+            raise InputError("run.log(losses) is called once in an iteration, with all losses")
         for name, loss in losses.items():
+            if not re.fullmatch(r"\w+", name) or name in PLACE:
+                raise InputError(f"{name!r}: no name for a column of train.csv")
             if not isinstance(loss, Tensor) or loss.ndim:
                 raise InputError(f"the loss {name} is no tensor of one number")
         self.losses = losses
@@ -1202,6 +1267,7 @@ class Run:
         if not self.timing:
             raise InputError(f"step {step.index} was left before its last iteration")
         self.conclude(step, model, {}, self.timing)
+        self.timing = {}
         if processes()[0] == 0:
             (self.folder / "last.pt").unlink(missing_ok=True)
 
@@ -1229,8 +1295,8 @@ class Run:
             write_atomically(path, lambda file: torch.save(content, file))
             self.write_results()
         broadcast(None, self.args.device)  # the others wait here: they read its file next
-        new, images = [self.data.names[c] for c in step.new], len(self.data.images[step.index])
-        missed = tables.not_learned(result, new, self.iterations(step, images))
+        new = [self.data.names[c] for c in step.new]
+        missed = tables.not_learned(result, new, timing.get("iterations"))
         self.say(f"  {tables.summary(result)}\n{tables.iou_table(result)}{missed}")
 
     def write_results(self) -> None:
@@ -1355,8 +1421,11 @@ class Progress:
         rows = read_rows(self.run.folder / "train.csv", self.run.say)
         self.rows = [r for r in rows if (int(r["step"]), int(r["iteration"])) <= here]
 
-    def add(self, losses: dict[str, Tensor]) -> None:
-        """After an iteration. The losses are read from the device once in LOG_EVERY iterations."""
+    def add(self, losses: dict[str, Tensor], factor: float) -> None:
+        """After an iteration, with its losses and its factor of the learning rates.
+
+        The losses are read from the device once in LOG_EVERY iterations.
+        """
         self.window.append({name: loss.detach() for name, loss in losses.items()})
         self.iteration += 1
         done = self.iteration == self.total
@@ -1364,9 +1433,8 @@ class Progress:
             return
         means = self.mean_losses()
         self.window = []
-        factor = poly(self.iteration - 1, self.total, self.run.args.warmup)
-        place = {"step": self.step.index, "iteration": self.iteration, "lr_factor": f"{factor:.6f}"}
-        self.rows.append(place | means)
+        place = self.step.index, self.iteration, f"{factor:.6f}"
+        self.rows.append(dict(zip(PLACE, place, strict=True)) | means)
         now, terminal = time.monotonic(), sys.stdout.isatty()
         if done or now - self.shown > (0.2 if terminal else 30):
             self.shown = now
@@ -1376,6 +1444,8 @@ class Progress:
 
     def mean_losses(self) -> dict[str, str]:
         """Of the window, as in train.csv. FloatingPointError where one is not finite."""
+        if not any(self.window):
+            return {}
         losses = torch.stack([loss for part in self.window for loss in part.values()])
         values = iter((all_reduce(losses) / processes()[1]).double().tolist())
         found: dict[str, list[float]] = {}
@@ -1439,6 +1509,7 @@ class Progress:
         seconds, device = max(self.seconds, 1e-9), self.run.args.device
         images = self.total * min(self.run.args.batch, self.images)
         found = {"images_per_second": images / seconds, "minutes": seconds / 60}
+        found["iterations"] = self.total
         if device != "cpu":
             found["peak_memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
             torch.cuda.reset_peak_memory_stats(device)
@@ -1462,12 +1533,6 @@ def refuse_parameters_outside(optimizer: torch.optim.Optimizer, model: nn.Module
         )
 
 
-def poly(iteration: int, total: int, warmup: float = 0.0) -> float:
-    """Factor of the rate: (1 - i/total)^0.9; in the first `warmup` part also 0.001 rising to 1."""
-    progress = min(1.0, iteration / (warmup * total)) if warmup else 1.0
-    return (1 - iteration / total) ** 0.9 * (0.001 * (1 - progress) + progress)
-
-
 def per_step(values: Sequence, step: Step) -> float:
     """Flags of the schedule hold one value, or two: for step 0, and for the later steps."""
     return values[0] if step.index == 0 else values[-1]
@@ -1477,67 +1542,6 @@ def segment(model: nn.Module, predict: Callable, pixels: Tensor, device: str) ->
     """uint8 picture [H, W, 3] -> uint8 class ids [H, W]."""
     logits, _ = model(normalise(pixels[None], device))
     return predict(upsample(logits, pixels.shape[:2]))[0].byte().cpu().numpy()
-
-
-# -------------------------------------------------------------------------- processes and signals
-
-
-def processes() -> tuple[int, int]:
-    """This process's rank, and how many torchrun has started: a device each."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def all_reduce(values: Tensor) -> Tensor:
-    """The sum over all processes, in place."""
-    if processes()[1] > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def broadcast(value: object, device: str) -> object:
-    """The first process's value, once it has got here."""
-    values = [value]
-    if processes()[1] > 1:
-        dist.broadcast_object_list(values, device=torch.device(device))
-    return values[0]
-
-
-def init_distributed(args: argparse.Namespace) -> None:
-    """Under torchrun: joins the other processes."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if args.batch % count:
-        raise InputError(
-            f"--batch {args.batch}: {count} processes share it, it has to be a multiple of {count}"
-        )
-    if count > 1:
-        on_stop(signal.SIG_DFL)  # a process that waits for the others cannot save
-        cuda = args.device != "cpu"
-        if cuda:
-            torch.cuda.set_device(args.device)
-        dist.init_process_group("nccl" if cuda else "gloo")
-
-
-def on_stop(handler: Callable) -> None:
-    """Handles SIGINT and SIGTERM, unless they are ignored, as under nohup."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
-def leave(number: int, _: object = None) -> None:
-    raise KeyboardInterrupt(number)
-
-
-def request_stop(requests: list[int], number: int, _: object = None) -> None:
-    """Inside the loop a signal waits for the end of the iteration; a second one does not."""
-    requests.append(number)
-    on_stop(leave)
-
-
-def ignore_signals_in_worker(_: int) -> None:
-    """A signal to all processes of a run must not take the main process's batches away."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(60))
 
 
 # ---------------------------------------------------------------------------------------- flags
@@ -1661,6 +1665,8 @@ def above_zero(text: str) -> float:
 def folder_name(text: str) -> str:
     if not re.fullmatch(r"\w[\w.+-]*", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a name of letters, digits and . _ + -")
+    if text.endswith("-dry"):
+        raise argparse.ArgumentTypeError(f"{text!r}: -dry is the end of a dry run's name")
     return text
 
 

@@ -56,6 +56,12 @@ def compare(args: argparse.Namespace) -> int:
     rows = table_rows([*runs.values()])
     if rows:
         print(markdown(rows))
+    for row in rows:
+        if len({run["script"] for run in row["runs"]}) > 1:
+            print(
+                f"compare: the script has changed between the runs of {row['name']}",
+                file=sys.stderr,
+            )
     if left_out:
         print("\n".join(["\nno results:" if rows else "no results:", *map(str, left_out)]))
     if rows and args.curves:
@@ -77,11 +83,11 @@ def read_run(given: str) -> dict:
     """A finished run.
 
     given       its folder, or NAME=folder to name its row
-    returns     row: what is the same in all runs of a row; parts of config.json; flags: those that
-                differ from the script's recipe; typed: of these, those that were typed; iou: per
-                step, float64 [C], percent, NaN where no test image shows the class;
-                training_images: per step; minutes: per step, None where --step0 took it from
-                another run; columns: texts
+    returns     row: what is the same in all runs of a row; parts of config.json; script: its text,
+                as the run has kept it; flags: those that differ from the script's recipe; typed: of
+                these, those that were typed; iou: per step, float64 [C], percent, NaN where no test
+                image shows the class; training_images: per step; minutes: per step, None where
+                --step0 took it from another run; columns: texts
     NoResult    a dry run, or one that is not finished
     InputError  no run there, or one of a script that is not here
     """
@@ -91,7 +97,7 @@ def read_run(given: str) -> dict:
     try:
         config = read_config(file.with_name("config.json"))
         steps, used = read_results(file) if file.exists() else [], config["flags"]
-        script = method_script(used["method"])
+        script, copy = method_script(used["method"]), file.with_name(f"{used['method']}.py")
         recipe = vars(script.flags().parse_args([])) | {"dataset": used["dataset"]}
         common.fill_in(recipe)
         of = len(common.task_steps(used["task"], len(config["data"]["classes"]) - 1))
@@ -107,6 +113,7 @@ def read_run(given: str) -> dict:
         own_data = f" {Path(used['data']).name}" if used["dataset"] == "folder" else ""
         run = {key: used[key] for key in ("method", "dataset", "task", "setting", "seed")} | {
             "folder": folder,
+            "script": copy.read_bytes() if copy.exists() else b"",
             "name": name or ("joint" if of == 1 else config["published"]) or used["method"],
             "order": Path(used["class_order"]).name if used["class_order"] else "own",
             "published": config["published"],

@@ -29,6 +29,7 @@ from torch import nn
 from data import shapes
 
 IGNORE = 255  # void, in masks and in labels
+NETWORK = ("trunk.", "aspp.", "head.", "classifiers.")  # all other weights are a method's own
 
 
 class InputError(ValueError):
@@ -136,7 +137,7 @@ def classes_in_image(samples: Sequence[tuple], classes: int) -> list[list[int]]:
         return [ids_in_mask(*sample) for sample in samples]
     folder = samples[0][1].parent.resolve()
     there = os.scandir(folder) if folder.is_dir() else ()
-    stamps = {f.name: [f.stat().st_mtime_ns, f.stat().st_size] for f in there}
+    stamps = {f.name: [f.stat().st_mtime_ns, f.stat().st_size] for f in there if f.is_file()}
     cache, known = cache_of(folder), {}
     with contextlib.suppress(InputError):  # none yet, or damaged
         known = read_json(cache, lambda content: current_entries(content, stamps))
@@ -329,10 +330,22 @@ def refuse_nan(state: dict, where: str) -> None:
 
 
 def load_weights(model: nn.Module, saved: dict, path: str | Path) -> None:
-    """A checkpoint's weights; those of modules that `model` does not have are left out."""
-    try:
-        state = {k: saved["model"][k] for k in model.state_dict()}
-        model.load_state_dict(state)
-    except (KeyError, TypeError, RuntimeError):
-        raise InputError(f"{path}: weights of another network than these flags give") from None
+    """A checkpoint's weights; those of modules of a method's own are left out.
+
+    InputError: weights of another network; the first tensor that differs is named
+    """
+    state, here = saved.get("model"), shapes_in(model.state_dict())
+    there = shapes_in(state) if isinstance(state, dict) else {}
+    for name in (*here, *(name for name in there if str(name).startswith(NETWORK))):
+        if there.get(name) != here.get(name):
+            raise InputError(
+                f"{path}: weights of another network than these flags give ({name}: "
+                f"{there.get(name, 'none')} there, {here.get(name, 'none')} here)"
+            )
+    state = {name: state[name] for name in here}
     refuse_nan(state, str(path))
+    model.load_state_dict(state)
+
+
+def shapes_in(state: dict) -> dict[str, list[int]]:
+    return {name: [*v.shape] for name, v in state.items() if isinstance(v, torch.Tensor)}

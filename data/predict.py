@@ -46,6 +46,8 @@ def step_files(run: Path, only: int | None = None) -> list[Path]:
     run     the run's folder, or one of the files, which may lie alone
     """
     if run.is_file():
+        if only is not None:
+            raise InputError(f"--step {only}: {run} is the file of one step; give the run's folder")
         return [run]
     numbers = {path.stem.removeprefix("step_"): path for path in run.glob("step_*.pt")}
     found = {int(number): path for number, path in numbers.items() if number.isdecimal()}
@@ -100,7 +102,7 @@ def class_names(saved: dict) -> list[str]:
 
 def evaluate_again(args: argparse.Namespace) -> None:
     """--eval: prints the table of all steps, or of --step; writes nothing."""
-    data, first, results = None, None, []
+    data, first, results, others = None, None, [], []
     for path in step_files(Path(args.run), args.step):
         model, saved, settings = load(path, args.device, args.data)
         index, first = saved["step"], first or saved["flags"]
@@ -116,7 +118,16 @@ def evaluate_again(args: argparse.Namespace) -> None:
         rule, published = prediction_rule(saved), saved.get("published", "")
         results.append(common.evaluate(model, rule, data, data.steps[index]))
         print(f"step {index}: {summary(results[-1])}\n{iou_table(results[-1])}", flush=True)
+        before = saved.get("metrics", results[-1])  # older checkpoints have none
+        was, now = (np.array(result["confusion"]) for result in (before, results[-1]))
+        if np.abs(was - now).sum() > 0.02 * was.sum():  # each pixel that moved counts twice
+            others.append(f"step {index}: {summary(before)}")
     print(results_table(results, data.steps, settings, published))
+    if others:
+        raise InputError(
+            "the run itself measured something else, with another network or prediction rule: "
+            + "; ".join(others)
+        )
 
 
 @torch.no_grad()
@@ -174,7 +185,7 @@ def pictures_in(path: Path) -> list[Path]:
         raise InputError(f"{path}: no such picture or folder")
     if not path.is_dir():
         return [path]
-    found = [file for file in path.rglob("*") if file.suffix.lower() in common.PICTURES]
+    found = [file for file in path.rglob("[!.]*") if file.suffix.lower() in common.PICTURES]
     if not found:
         raise InputError(f"{path}: no picture in this folder ({' '.join(common.PICTURES)})")
     return sorted(found)

@@ -34,7 +34,9 @@ ADE_SHA1 = "219e1696abb36c8ba3a3afe7fb2f4b4606a897c7"  # as many public scripts 
 # SegmentationClassAug, released by the authors of SSUL. It is checked by its number of masks
 VOC_MASKS = "https://github.com/clovaai/SSUL/releases/download/preparation/SegmentationClassAug.zip"
 VOC_MASK_COUNT = 12_031  # 10,582 for the training, 1,449 for the test
-STRANGE_COLOURS = "colours of no class, taken as void"  # in MSRC-v2: a note, not an error
+STRANGE_COLOURS = "colours of no class, taken as void"  # in MSRC-v2
+UNUSED = "no picture to this mask"  # of --dataset folder
+NOTES = (STRANGE_COLOURS, UNUSED)  # all other kinds of problems are errors
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,10 +64,16 @@ def check(args: argparse.Namespace) -> int:
     print(f"{source.where}: {len(source.train)} training and {len(source.test)} test images")
 
     problems, faulty = find_problems([*source.train, *source.test], len(order))
+    if args.dataset == "folder":  # such as those of x.heic, which is no picture here
+        masks = {mask for _, mask in (*source.train, *source.test)}
+        folders = {mask.parent for mask in masks}
+        there = {file for folder in folders for file in folder.glob("*.png")}
+        if unused := sorted(map(str, there - masks)):
+            problems[UNUSED] = unused
     for kind, named in problems.items():
-        level = "note" if kind == STRANGE_COLOURS else "error"
+        level = "note" if kind in NOTES else "error"
         print(f"  {level}: {kind}: {len(named)}, such as {', '.join(named[:2])}")
-    errors = sum(len(named) for kind, named in problems.items() if kind != STRANGE_COLOURS)
+    errors = sum(len(named) for kind, named in problems.items() if kind not in NOTES)
     if faulty:
         print(f"  left out of what follows: {len(faulty)} images")
     train, test = ([s for s in part if s not in faulty] for part in source[:2])
@@ -84,7 +92,7 @@ def find_problems(samples: Sequence[tuple], classes: int) -> tuple[dict[str, lis
             if problem:
                 kind, file = problem
                 problems[kind].append(file)
-                if kind != STRANGE_COLOURS:
+                if kind not in NOTES:
                     faulty.add(sample)
     if repeated := [str(mask) for (_, mask), count in Counter(samples).items() if count > 1]:
         problems["listed more than once"] = repeated

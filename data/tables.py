@@ -76,12 +76,17 @@ def iou_table(result: dict) -> str:
     return "\n".join("  " + "  ".join(row) for row in rows)
 
 
-def not_learned(result: dict, new: Sequence[str], iterations: int) -> str:
-    """A line on the new classes that the model hardly finds; "": it finds all."""
+def not_learned(result: dict, new: Sequence[str], iterations: int | None) -> str:
+    """A line on the new classes that the model hardly finds; "": it finds all.
+
+    iterations      of the step; None: --step0 took it from another run
+    """
     iou = result["iou"]
     missed = [name for name in new if iou[name] is not None and iou[name] < 1]
     if not missed:
         return ""
+    if iterations is None:
+        return f"\n  not learned: {', '.join(missed)}"
     text = f"\n  not learned in {iterations} iterations: {', '.join(missed)}. Try more --epochs"
     return text + ", a smaller --batch or a higher --lr"
 

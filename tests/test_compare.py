@@ -116,6 +116,18 @@ def test_the_command_has_what_was_typed_not_what_the_script_filled_in(tmp_path, 
     assert rows(capsys.readouterr().out)[0]["command"] == "`dkd.py`"
 
 
+def test_a_script_that_has_changed_between_the_runs_of_a_row_is_said(tmp_path, capsys):
+    runs = [
+        finished(tmp_path / str(s), dkd, f"--task 15-1 --seed {s}", 50, "DKD") for s in range(2)
+    ]
+    (tmp_path / "0/dkd.py").write_text("a = 1")
+    for text in ("a = 1", "a = 2"):
+        (tmp_path / "1/dkd.py").write_text(text)
+        assert compare.main(runs) == 0
+        said = "the script has changed between the runs of DKD" in capsys.readouterr().err
+        assert said == (text == "a = 2")
+
+
 def test_runs_over_class_orders_share_a_row(tmp_path, capsys):
     """What was published is of the data set's own order."""
     runs = [

@@ -1,7 +1,10 @@
 """run.dense against the same losses of full-size logits, in float64: values and gradients."""
 
+import functools
+
 import pytest
 import torch
+import torch.nn.functional as F
 import trees
 from torch import nn
 
@@ -143,6 +146,11 @@ def test_losses_of_one_function_weighed_outside_are_refused(run):
     ce, kd = run.dense(mib.unbiased_losses, leaf(Z), LABELS, OLD, 1.0, valid=(VALID, None))
     with pytest.raises(InputError, match="dense: weigh losses of one function in it"):
         (ce + 2 * kd).backward()
+    for _ in range(40):  # later they are not looked at, but no wrong gradient is learned from
+        z = leaf(Z)
+        ce, kd = run.dense(mib.unbiased_losses, z, LABELS, OLD, 1.0, valid=(VALID, None))
+    (ce + 2 * kd).backward()
+    assert z.grad.isnan().all()
 
 
 def test_a_gradient_goes_to_all_that_need_one(run):
@@ -202,6 +210,18 @@ def test_maps_of_another_size_are_refused(run):
         run.dense(mib.cross_entropy, leaf(Z), LABELS[:, :20, :20])
     with pytest.raises(InputError, match=message):
         run.dense(mib.distillation, leaf(Z), OLD, valid=VALID[:, :20] | True)
+
+
+def test_a_mask_with_channels_is_refused(run):
+    with pytest.raises(InputError, match=r"a map of torch.bool with channels"):
+        run.dense(lambda z, mask: (z * mask).mean(), leaf(Z), VALID[:, None])
+
+
+def test_a_loss_that_is_not_a_number_in_a_strip_is_refused(run):
+    void = torch.full_like(LABELS, 255)
+    own = functools.partial(F.cross_entropy, ignore_index=255)
+    with pytest.raises(InputError, match="of some rows is nan"):
+        run.dense(own, leaf(Z), void, valid=void != 255)
 
 
 def test_maps_in_strips_are_the_full_size_maps(rows):

@@ -129,6 +129,18 @@ def test_a_loss_that_is_not_always_there_has_the_mean_of_where_it_was(fork):
     assert cells == [("5", ""), ("15", "14.5"), ("1", "")]
 
 
+def test_a_schedule_of_its_own(fork):
+    own = """\
+@@
+-        for images, labels in run.batches(step, model, optimizer, memory=memory):
++        halves = {"schedule": lambda i, total, warmup: 0.5**i}
++        for images, labels in run.batches(step, model, optimizer, memory=memory, **halves):
+"""
+    assert fork(own, f"{TINY} --dry-run")[0] == 0
+    rows = read_rows(trees.folder_name("mine").with_name(f"{FOLDER.name}-dry"))
+    assert [row["lr_factor"] for row in rows] == ["0.500000", "0.500000"]  # of iteration 1, of two
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -157,8 +169,70 @@ def test_a_loss_that_is_not_always_there_has_the_mean_of_where_it_was(fork):
 """,
             "dense: amax of some rows is .*, of their halves .*common.upsample",
         ),
+        (
+            """\
+@@
++            run.log({"own": losses["ac"]})
+             loss = run.log(losses)  # Eq. 1: their sum
+""",
+            r"run\.log\(losses\) is called once in an iteration",
+        ),
+        (
+            """\
+@@
++            losses["step"] = losses["ac"]
+             loss = run.log(losses)  # Eq. 1: their sum
+""",
+            "'step': no name for a column of train.csv",
+        ),
+        (
+            """\
+@@
++        for _ in run.batches(step, model, optimizer):
++            pass
+         run.finish(step, model)
+""",
+            r"one run\.batches in a step",
+        ),
+        (
+            """\
+@@
++        model.head.append(nn.Conv2d(64, 64, 1))
+         optimizer = sgd(model, common.per_step(args.lr, step), args, first)
+""",
+            r"head\.3\.weight: not of the network of these flags",
+        ),
+        (
+            """\
+@@
++        model.projector = nn.Conv2d(64, 8, 1).requires_grad_(False)
+         optimizer = sgd(model, common.per_step(args.lr, step), args, first)
+-        net = run.parallel(model)
++        net = model
+""",
+            r"projector\.weight: run\.parallel\(model\) gives it its weights",
+        ),
+        (
+            """\
+@@
+-    run = common.Run(args, predict, "DKD-M" if args.memory else "DKD")
++    run = common.Run(args, lambda logits: logits.argmax(1), "")
+""",
+            "the prediction rule is a function of the script, called predict",
+        ),
+        (
+            """\
+@@
+-    return torch.where(score > 0, best + 1, BACKGROUND)
++    return torch.where(score > 0, best + 1, 99)
+""",
+            "the prediction rule gives class ids above",
+        ),
     ],
-    ids=["no log", "closure", "no mean"],
+    ids=[
+        *("no log", "closure", "no mean", "two logs", "name", "two loops", "in the network"),
+        *("no parallel", "rule", "unknown class"),
+    ],
 )
 def test_a_mistake_in_a_fork_is_refused_in_one_line(fork, change, message):
     status, _, err = fork(change, TINY)

@@ -274,6 +274,21 @@ def test_files_of_a_run_that_are_damaged_are_named(run, command, mode):
 
 
 @slow
+def test_another_rule_or_network_than_the_runs_is_said(run, command):
+    """As where the script has changed since: the numbers are not those of the run."""
+    newest = run / "step_1.pt"
+    saved = torch.load(newest, weights_only=True)
+    confusion = saved["metrics"]["confusion"]
+    saved["metrics"]["confusion"] = [row[::-1] for row in confusion]
+    torch.save(saved, newest)
+    status, out, err = command(run, "--eval")
+    assert status == 2 and "mIoU, %" in out and len(err.splitlines()) == 1
+    assert "the run itself measured something else" in err and "step 1: mIoU base" in err
+    status, _, err = command(newest, "--eval", "--step", "1")
+    assert status == 2 and "is the file of one step" in err
+
+
+@slow
 def test_a_step_pt_alone_is_enough(run, command):
     """As somebody else gets it."""
     Path("shared").mkdir()

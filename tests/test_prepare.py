@@ -207,6 +207,21 @@ def test_own_pictures_are_checked(check, pets):
     assert status == 2 and "DIR/train/masks/x.png" in err
 
 
+def test_pictures_that_are_left_out_are_not_passed_over(check, pets):
+    """A picture of a kind that is not read, a hidden file, a link to nowhere; two for one mask."""
+    train = pets / "train"
+    first, second = (next((train / "images").glob(f"train{i}.*")) for i in range(2))
+    first.rename(first.with_suffix(".heic"))
+    (train / "images/._train1.jpg").write_bytes(b"of another system")
+    (train / "masks/gone.txt").symlink_to("nowhere")
+    status, out, err = check("folder", pets)
+    assert (status, err) == (0, "") and "4 training and 2 test images" in out
+    assert "note: no picture to this mask: 1, such as" in out and "train0.png" in out
+    trees.write(second.with_suffix(".webp"), trees.picture(1))
+    status, _, err = check("folder", pets)
+    assert status == 2 and "train1.png: the mask of two pictures" in err
+
+
 def test_masks_that_are_not_there_are_errors_of_files(check, pets):
     (pets / "train/masks/train1.png").unlink()
     status, out, _ = check("folder", pets)
