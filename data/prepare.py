@@ -223,7 +223,8 @@ def flags() -> argparse.ArgumentParser:
     add("dataset", choices=common.DATASETS, help="data/README.md says what each needs")
     text = "first fetch the data set (voc: 2 GB, ade: 1 GB); others: only say where it comes from"
     add("--download", action="store_true", help=text)
-    common.data_flags(parser.add_argument_group("images of a step").add_argument)
+    text = "Own pictures are counted with --task offline, unless another is given."
+    common.data_flags(parser.add_argument_group("images of a step", text).add_argument)
     return parser
 
 
