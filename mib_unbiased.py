@@ -91,7 +91,8 @@ Differences between MiB's paper (p), the authors' code (c) and this file:
     code, BladeDancer957/RevisitingCSS). c: a softmax over the classes of all steps from step 0 on;
     in 15-1 a rate of 0.02, then 0.0005. Here each step adds its classifiers, at MiB's rates.
 14. BatchNorm after step 0. c: learns, and follows the batches of each step. As c; small batches
-    need --freeze-batchnorm (2,292 photographs, batch 6, 15-1, all: 25.2 instead of 10.1).
+    need --freeze-batchnorm (2,292 photographs, batch 6, 15-1, all, seeds 0 and 1: 25.2
+    instead of 10.1).
 15. Precision. c: float32. Here bfloat16 on a GPU; --precision fp32 is c's.
 16. ADE20K, disjoint. c: stored lists, drawn with a seed that is lost (100-50: 13,452 and 6,744
     images); MiB's Table 2 is of them. Here the rule of VOC: 10,806 and 9,390.

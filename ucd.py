@@ -79,7 +79,8 @@ Both:
     and weights, BatchNorm and ReLU, and a 3x3 convolution. The dilations of the trunk are those of
     c (--dilate-first), but for shapes.
 21. BatchNorm after step 0. c: learns, and follows the batches of each step. As c; small batches
-    need --freeze-batchnorm (PLOP, 2,292 photographs, batch 6, 15-1, all: 22.4 instead of 12.6).
+    need --freeze-batchnorm (PLOP, 2,292 photographs, batch 6, 15-1, all, seeds 0 and 1: 22.4
+    instead of 12.6).
 22. Precision. c: apex's mixed float16 (PLOP), float32 (MiB + UCD). Here bfloat16 on a GPU.
 23. msrc, folder, shapes: not in the papers, the recipes are ours, rates as in mib_unbiased.py.
 """
