@@ -114,7 +114,9 @@ def train(method, index, monkeypatch, card):
         keys = [[(0, 0)] * args.batch] * ITERATIONS
         view = common.View([(0, 0)], run.data.labels(step), args.crop, (0, 0))
         card.copies.clear()  # those of modules
-        yield from common.load_batches(view, keys, args)
+        for batch in common.load_batches(view, keys, args):
+            yield batch
+            run.losses = None
 
     monkeypatch.setattr(common, "build_model", build_model)
     monkeypatch.setattr(common.Run, "steps", lambda run: [run.data.steps[index]])

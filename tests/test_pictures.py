@@ -94,10 +94,10 @@ def test_pictures_show_every_step_also_after_a_resume(start, monkeypatch):
     flags = f"{TINY} --task 14-1 --epochs 1 --batch 16"
     folder = Path("runs/dkd-voc-14-1-overlapped-s0")
 
-    def stop_in_the_last_step(progress, losses):
+    def stop_in_the_last_step(progress, *given):
         if progress.step.index == 6:
             raise KeyboardInterrupt
-        add(progress, losses)
+        add(progress, *given)
 
     add = common.Progress.add
     monkeypatch.setattr(common.Progress, "add", stop_in_the_last_step)
