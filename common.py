@@ -739,8 +739,9 @@ def compiled_stages() -> Callable:
 def build_model(args: argparse.Namespace, classes: Sequence[int]) -> DeepLabV3:
     """The network of some flags with random weights, on their device; classes: new in each step."""
     dilate_first = getattr(args, "dilate_first", False)  # older runs have no such flag
-    shape = args.backbone, args.output_stride, classes, args.dropout, dilate_first
-    model = DeepLabV3(*shape, bf16=args.precision == "bf16")
+    bf16 = args.precision == "bf16"
+    how = args.dropout, dilate_first, bf16
+    model = DeepLabV3(args.backbone, args.output_stride, classes, *how)
     for module in model.trunk.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = args.bn_momentum
@@ -763,7 +764,12 @@ def upsample(logits: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def confusion_matrix(labels: Tensor, predicted: Tensor, channels: int) -> Tensor:
-    """int64 [C, C], rows = truth; pixels whose label is no channel (255) are left out."""
+    """int64 [C, C], rows = truth; pixels whose label is no channel (255) are left out.
+
+    InputError: a prediction that is no channel
+    """
+    if (predicted >= channels).any():
+        raise InputError(f"the prediction rule gives class ids above {channels - 1}")
     valid = labels < channels
     pairs = labels[valid] * channels + predicted[valid]
     return torch.bincount(pairs, minlength=channels**2).view(channels, channels)
@@ -810,8 +816,6 @@ def evaluate(model: nn.Module, predict: Callable, data: Data, step: Step) -> dic
     confusion = torch.zeros(step.channels, step.channels, dtype=torch.int64, device=args.device)
     for inputs, labels in load_in_order(view, images[rank::world], args):
         predicted = predict(upsample(model(inputs)[0], labels.shape[1:]))
-        if (predicted >= step.channels).any():
-            raise InputError(f"the prediction rule gives class ids above {step.last}")
         confusion += confusion_matrix(labels, predicted, step.channels)
     confusion = all_reduce(confusion).cpu()
     iou, (pixels, classes) = iou_per_class(confusion), accuracies(confusion)
@@ -1001,8 +1005,8 @@ class Run:
     results     the finished steps' entries of metrics.json
     losses      those of this iteration, from `log`
     timing      of a step that is trained, but not finished
-    network     names of the weights of this step's network, without modules of a method's own
-    restored    the model of this step, once `parallel` has given such modules their weights
+    known       names of the weights that this step's model has got: those of the network, and once
+                `parallel` is through those of modules of a method's own
     origin      versions and commit
     checked     how often `dense` has seen each kind of loss
     """
@@ -1024,8 +1028,7 @@ class Run:
         self.results: list[dict] = []
         self.losses: dict[str, Tensor] | None = None
         self.timing: dict[str, float] = {}
-        self.network: set[str] = set()
-        self.restored: nn.Module | None = None
+        self.known: set[str] = set()
         self.origin: dict[str, object] = {}
         self.checked: Counter = Counter()
 
@@ -1067,11 +1070,11 @@ class Run:
         """The frozen model of the step before (None in step 0); its copy with a new classifier."""
         if step.index == 0:
             model, text, _ = self.first_model()
-            self.network = {*model.state_dict()}
+            self.known = {*model.state_dict()}
             self.say(text)
             return None, model
         model = self.build(step)
-        self.network = {*model.state_dict()}
+        self.known = {*model.state_dict()}
         old_model = self.load(self.data.steps[step.index - 1])
         model.load_state_dict(old_model.state_dict(), strict=False)
         return old_model, model
@@ -1114,12 +1117,12 @@ class Run:
         """
         model.to(self.args.device)
         for name in model.state_dict():
-            if name.startswith(NETWORK) and name not in self.network:
+            if name.startswith(NETWORK) and name not in self.known:
                 raise InputError(
                     f"{name}: not of the network of these flags. A module of your own is an "
                     "attribute of the model itself: model.NAME = ..."
                 )
-        self.restored = model
+        self.known |= {*model.state_dict()}
         index = len(model.classifiers) - 2  # of the step: one classifier is background's
         if index:
             path = self.folder / f"step_{index - 1}.pt"
@@ -1169,9 +1172,11 @@ class Run:
         args, (rank, world) = self.args, processes()
         if self.timing:
             raise InputError("one run.batches in a step: a second loop would have no iteration")
-        own = [name for name in model.state_dict() if not name.startswith(NETWORK)]
-        if own and self.restored is not model:
-            raise InputError(f"{own[0]}: run.parallel(model) gives it its weights; call it before")
+        for name in model.state_dict():
+            if not name.startswith(NETWORK) and name not in self.known:
+                raise InputError(
+                    f"{name}: run.parallel(model) gives it its weights; call it before"
+                )
         view, indices = self.data.training(step, labels, memory)
         images = min(args.batch, len(indices)) // world  # in each process
         pooled = model.aspp.convs[-1][2]  # has one value per image and channel

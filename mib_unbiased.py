@@ -76,9 +76,8 @@ Differences between MiB's paper (p), the authors' code (c) and this file:
     convolution behind the ASPP, Xavier start of the head, rates 12, 24, 32 at stride 8, no dropout.
     Here BatchNorm and ReLU, torchvision's weights, ASPP and start, a 3x3 convolution behind the
     ASPP, rates 12, 24, 36, no dropout. The BatchNorm of c over the joined branches of the ASPP is
-    one per branch: the same.
-    The dilations of the trunk are those of c, as in every published number of MiB and of the codes
-    built on it (--dilate-first); for shapes they are torchvision's.
+    one per branch: the same. The dilations of the trunk are those of c, as in every published
+    number of MiB and of the codes built on it (--dilate-first); for shapes they are torchvision's.
  9. EWC. c: a running mean of squared mini-batch gradients from the training itself, scaled to 0-1
     in each tensor. Here measured at each step's end, summed over the steps, scaled by the maximum:
     nothing then has to be carried through step 0, and --step0 serves every row.
@@ -91,8 +90,8 @@ Differences between MiB's paper (p), the authors' code (c) and this file:
     code, BladeDancer957/RevisitingCSS). c: a softmax over the classes of all steps from step 0 on;
     in 15-1 a rate of 0.02, then 0.0005. Here each step adds its classifiers, at MiB's rates.
 14. BatchNorm after step 0. c: learns, and follows the batches of each step. As c; small batches
-    need --freeze-batchnorm (2,292 photographs, batch 6, 15-1, all, seeds 0 and 1: 25.2
-    instead of 10.1).
+    need --freeze-batchnorm (2,292 photographs, batch 6, 15-1, all, seeds 0 and 1: 25.2 instead of
+    10.1).
 15. Precision. c: float32. Here bfloat16 on a GPU; --precision fp32 is c's.
 16. ADE20K, disjoint. c: stored lists, drawn with a seed that is lost (100-50: 13,452 and 6,744
     images); MiB's Table 2 is of them. Here the rule of VOC: 10,806 and 9,390.
@@ -921,8 +920,7 @@ def retrain(pair: Pair, depth: str, args: argparse.Namespace) -> dict[str, dict]
             loss.backward()
             optimizer.step()
         found = common.evaluate(model.eval(), common.most_likely, run.data, everything)
-        iou = torch.tensor(np.array([*found["iou"].values()], float))
-        result[name] = common.averages(iou, pair.base, True)
+        result[name] = common.averages(common.tables.iou_per_class(found), pair.base, True)
     return result
 
 

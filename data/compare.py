@@ -18,14 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 import common
 from common import InputError
 from data import command
 from data.folder import read_config, read_results
 from data.predict import method_script
-from data.tables import averaging_convention, best_published
+from data.tables import averaging_convention, best_published, iou_per_class
 
 AVERAGES = ("base", "new", "all")
 # flags that the table does not list: they have a column, or change nothing in the method
@@ -86,8 +85,9 @@ def read_run(given: str) -> dict:
     returns     row: what is the same in all runs of a row; parts of config.json; script: its text,
                 as the run has kept it; flags: those that differ from the script's recipe; typed: of
                 these, those that were typed; iou: per step, float64 [C], percent, NaN where no test
-                image shows the class; training_images: per step; minutes: per step, None where
-                --step0 took it from another run; columns: texts
+                image shows the class; averages: whether they count the background;
+                training_images: per step; minutes: per step, None where --step0 took it from
+                another run; columns: texts
     NoResult    a dry run, or one that is not finished
     InputError  no run there, or one of a script that is not here
     """
@@ -110,6 +110,7 @@ def read_run(given: str) -> dict:
             for key in recipe
             if key not in UNLISTED and used.get(key) not in (None, recipe[key])
         }
+        iou = [iou_per_class(step) for step in steps]
         own_data = f" {Path(used['data']).name}" if used["dataset"] == "folder" else ""
         run = {key: used[key] for key in ("method", "dataset", "task", "setting", "seed")} | {
             "folder": folder,
@@ -119,7 +120,10 @@ def read_run(given: str) -> dict:
             "published": config["published"],
             "flags": [*changed.values()],
             "typed": [changed[key] for key in typed_keys(used, changed)],
-            "iou": [torch.tensor(np.array([*step["iou"].values()], float)) for step in steps],
+            "iou": iou,
+            "averages": "no background"
+            if iou[-1][common.BACKGROUND].isnan()
+            else "with background",
             "training_images": [step.get("training_images") for step in steps],
             "minutes": [step["timing"].get("minutes") for step in steps],
             "columns": {
@@ -184,16 +188,8 @@ def table_rows(runs: Sequence[dict]) -> list[dict]:
         values = [[common.averages(iou, base, background) for iou in r["iou"]] for r in group]
         values = np.array([[[step[k] for k in AVERAGES] for step in steps] for steps in values])
         row = {"name": group[0]["name"], "runs": group, "values": values, "published": best}
-        rows.append(row | {"averages": averaging(background and tests_background(group[0]))})
+        rows.append(row | {"averages": group[0]["averages"] if background else "no background"})
     return rows
-
-
-def tests_background(run: dict) -> bool:
-    return not run["iou"][-1][common.BACKGROUND].isnan()
-
-
-def averaging(background: bool) -> str:
-    return "with background" if background else "no background"
 
 
 def published_row(run: dict, like: dict) -> dict[str, str] | None:
@@ -203,9 +199,7 @@ def published_row(run: dict, like: dict) -> dict[str, str] | None:
     """
     name = run["published"] if like is run else "Joint"
     place = like["dataset"], like["task"], like["setting"], name
-    if like["order"] != "own":
-        return None
-    return best_published(*place, averaging(tests_background(run)))
+    return best_published(*place, run["averages"]) if like["order"] == "own" else None
 
 
 def markdown(rows: Sequence[dict]) -> str:

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from data.files import read_table
 
@@ -146,6 +147,11 @@ def best_published(
 def averaging_convention(row: dict[str, str]) -> str:
     """What a published row's averages of base and all cover."""
     return "no background" if row["convention"] in ("A", "A/B as A") else "with background"
+
+
+def iou_per_class(result: dict) -> torch.Tensor:
+    """A step's entry of metrics.json -> float64 [C], percent; NaN where `without_nan` made None."""
+    return torch.tensor(np.array([*result["iou"].values()], float))
 
 
 def without_nan(value: object) -> object:
