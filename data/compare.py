@@ -111,6 +111,7 @@ def read_run(given: str) -> dict:
             if key not in UNLISTED and used.get(key) not in (None, recipe[key])
         }
         iou = [iou_per_class(step) for step in steps]
+        untested = iou[-1][common.BACKGROUND].isnan()
         own_data = f" {Path(used['data']).name}" if used["dataset"] == "folder" else ""
         run = {key: used[key] for key in ("method", "dataset", "task", "setting", "seed")} | {
             "folder": folder,
@@ -121,9 +122,7 @@ def read_run(given: str) -> dict:
             "flags": [*changed.values()],
             "typed": [changed[key] for key in typed_keys(used, changed)],
             "iou": iou,
-            "averages": "no background"
-            if iou[-1][common.BACKGROUND].isnan()
-            else "with background",
+            "averages": "no background" if untested else "with background",
             "training_images": [step.get("training_images") for step in steps],
             "minutes": [step["timing"].get("minutes") for step in steps],
             "columns": {
